@@ -1,0 +1,1 @@
+"""Definition and control of the two pipelines from a workstation or CI; never imported inside a job."""

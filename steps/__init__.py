@@ -1,0 +1,1 @@
+"""What runs inside the processing image: one module a pipeline step, `python -m steps.NAME`."""
