@@ -1,4 +1,4 @@
-"""The contract of a SageMaker Processing job, in one place: where a step reads, writes, logs, and how it fails.
+"""The contract of a SageMaker Processing job: where a step reads, writes and logs, and how it fails.
 
     def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--backend", default="auto")
@@ -10,9 +10,9 @@
     if __name__ == "__main__":
         run(main, arguments)
 
-What a step writes under `job.output(name)` appears in <root>/processing/output/<name> only after `main` returned; a
-step that fails leaves no output. SageMaker shows <root>/output/message as the job's ExitMessage and a pipeline shows
-it as the FailureReason, so cause and remedy come first there and the traceback goes to the log only.
+What a step writes under `job.output(name)` appears in <root>/processing/output/<name> only after `main`
+returned; a step that fails leaves no output. SageMaker shows <root>/output/message as the job's ExitMessage,
+a pipeline as its FailureReason: cause and remedy come first there, the traceback goes to the log only.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Job:
             raise StepError(f"{path} is not JSON: {error}.", "Rerun the step that writes it.") from error
 
     def write_json(self, output: str, file: str, document: Any) -> Path:
-        """Write `document` as `file` of `output`; NaN and infinity are refused, since JsonGet cannot read them."""
+        """Write `document` as `file` of `output`. NaN and infinity are refused: JsonGet cannot read them."""
         path = self.output(output) / file
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(document, indent=2, allow_nan=False)
@@ -145,7 +145,7 @@ def run(
         arguments: adds the step's options to the parser; `job.args` holds their values.
         argv: the command line without the program's name; default sys.argv[1:].
     """
-    name = _step_name(main)
+    name = Path(main.__code__.co_filename).stem  # __name__ is "__main__" here
     _log_to_stdout(name)
     signal.signal(signal.SIGTERM, _stopped)  # StopProcessingJob: SIGTERM, then SIGKILL after 120 s
     started = time.monotonic()
@@ -158,7 +158,7 @@ def run(
         log.info("started: %s", " ".join(f"{key}={value}" for key, value in sorted(vars(job.args).items())))
         main(job)
         job.publish()
-    except StepError as error:
+    except (StepError, _Stopped) as error:
         _fail(job, str(error), error)
     except Exception as error:
         text = f"{type(error).__name__}: {error}".rstrip(".: ")
@@ -175,6 +175,10 @@ def redact(text: str) -> str:
     return _URL_CREDENTIALS.sub("***@", text)
 
 
+class _Stopped(BaseException):
+    """SIGTERM. No Exception, so that no library's `except Exception` swallows it."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         usage = " ".join(self.format_usage().split())
@@ -182,7 +186,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _UtcFormatter(logging.Formatter):
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
@@ -199,27 +203,21 @@ def _log_to_stdout(name: str) -> None:
     log.setLevel(logging.INFO)
 
 
-def _step_name(main: Callable[[Job], None]) -> str:
-    """Module of the step: "evaluate" for `python -m steps.evaluate` as for steps.evaluate imported by a test."""
-    spec = getattr(sys.modules.get(main.__module__), "__spec__", None)
-    return (spec.name if spec else main.__module__).rpartition(".")[2]
-
-
 def _stopped(signum: int, frame: FrameType | None) -> NoReturn:
-    raise StepError("Stopped from outside (SIGTERM).", "Start the pipeline again when it should run.")
+    raise _Stopped("Stopped from outside (SIGTERM). Start the pipeline again when it should run.")
 
 
-def _fail(job: Job | None, message: str, error: Exception) -> NoReturn:
+def _fail(job: Job | None, message: str, error: BaseException) -> NoReturn:
     log.error("%s", message, exc_info=error)
     if job:
         job.discard()
     path = ml_root() / "output" / "message"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(shorten(redact(message)), encoding="utf-8")
+    path.write_text(_short(redact(message)), encoding="utf-8")
     sys.exit(1)
 
 
-def shorten(message: str, limit: int = MESSAGE_LIMIT) -> str:
+def _short(message: str, limit: int = MESSAGE_LIMIT) -> str:
     """`message` in at most `limit` characters; what is cut is the end, since cause and remedy come first."""
     return message if len(message) <= limit else message[: limit - 1] + "…"
 
