@@ -1,8 +1,8 @@
 """MLA decode in Triton: the portable GPU fallback (sm_80 and newer), any kv_lora_rank and rope dimension.
 
 Flash-decoding in two launches: `_split_kernel` walks one part of one sequence's pages for a tile of query
-rows and leaves an unnormalised accumulator with its running maximum and sum; `_merge_kernel` combines the parts
-of each row in a fixed order, so equal inputs give equal bits. The operator's definition is in csrc/mla_decode.h.
+rows and leaves an unnormalised accumulator with its running maximum and sum; `_merge_kernel` combines the
+parts of each row in a fixed order, so equal inputs give equal bits. csrc/mla_decode.h defines the operator.
 """
 
 from __future__ import annotations
