@@ -1,0 +1,307 @@
+"""The inference engine: one model, one paged cache, and a step that advances every running sequence."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from container.serving.attention import DecodeAttention
+from container.serving.batch import Span, make_batch
+from container.serving.cache import PAGE, LatentCache, PageAllocator
+from container.serving.checkpoint import ModelConfig, find_checkpoint, find_tokenizer
+from container.serving.model import Model
+from container.serving.sampler import Choice, choose
+from container.serving.scheduler import Planned, Scheduler
+from container.serving.sequence import BadRequest, Logprob, Sampling, Sequence, State, Step
+from container.serving.tokenizer import Detokenizer, Tokenizer
+
+log = logging.getLogger(__name__)
+
+CACHE_DTYPES = ("bfloat16", "float16", "float32", "fp8_ds_mla")
+CPU_CACHE_BYTES = 1 << 30
+GPU_CACHE_FRACTION = 0.85  # of the memory that is free once the weights are loaded
+SCORE_ROWS = 256  # rows of one pass when a prompt is scored through the decode kernel
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What `generate` gives for one prompt. finish_reason: stop, length or error."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[Logprob]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes of an engine. cache_tokens None fills a fixed share of memory, at most what the requests can use."""
+
+    max_batch: int = 64
+    step_tokens: int = 512
+    max_model_len: int | None = None
+    cache_tokens: int | None = None
+    num_threads: int | None = None
+
+
+class Engine:
+    """Generates with continuous batching. `step` is called by one thread; `add` and `abort` by any.
+
+    Build it with `Engine.load`. For a plain batch of prompts use `generate`; a server adds sequences and calls
+    `step` in a loop.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, cache: LatentCache, options: Options, limit: int):
+        self.model, self.tokenizer, self.cache, self.options = model, tokenizer, cache, options
+        self.config = model.config
+        self.max_model_len = limit
+        self.allocator = PageAllocator(cache.num_pages)
+        self.scheduler = Scheduler(self.allocator, options.max_batch, options.step_tokens)
+        self._lock = threading.RLock()  # one step, or one change of the sequences, at a time
+        self._ids = itertools.count()
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path | str,
+        kernel_dir: Path | str | None = None,
+        *,
+        backend: str = "auto",
+        kv_cache_dtype: str = "bfloat16",
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+        options: Options | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> "Engine":
+        """Loads the checkpoint found in `model_dir` (an MLflow model folder or the checkpoint itself).
+
+        kernel_dir holds compiled kernels (see kernels.package); None looks in the build cache. `backend` names
+        one of kernels' backends or "auto". `dtype` of weights and arithmetic defaults to the checkpoint's.
+        Raises NotMlaModel, WeightError, or ValueError for a backend or cache dtype that cannot be used.
+        """
+        started = time.monotonic()
+        options = options or Options()
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype is {kv_cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}"
+            )
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if options.num_threads:
+            torch.set_num_threads(options.num_threads)
+        checkpoint = find_checkpoint(Path(model_dir))
+        config = ModelConfig.from_folder(checkpoint)
+        tokenizer = Tokenizer(find_tokenizer(checkpoint, Path(model_dir)))
+        attention = DecodeAttention(
+            backend, Path(kernel_dir) if kernel_dir else None, where, config, kv_cache_dtype
+        )
+        limit = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        model = Model(config, checkpoint, where, getattr(torch, dtype or config.dtype), limit, progress)
+        cache = LatentCache(
+            config.num_hidden_layers, _cache_pages(config, options, limit, where, attention), attention, where
+        )
+        limit = min(limit, cache.num_pages * PAGE)
+        log.info(
+            "%s loaded in %.1f s on %s: backend %s, cache of %d tokens in %s",
+            config.architecture,
+            time.monotonic() - started,
+            where,
+            attention.name,
+            cache.num_pages * PAGE,
+            kv_cache_dtype,
+        )
+        return cls(model, tokenizer, cache, options, limit)
+
+    @property
+    def backend(self) -> str:
+        """Name of the kernel backend that decodes."""
+        return self.cache.attention.name
+
+    def add(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
+        """Queues a prompt (text or token ids). Raises BadRequest when it cannot be served at all."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise BadRequest("prompt is empty; give at least one token", "prompt")
+        bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+        if bad is not None:
+            raise BadRequest(
+                f"prompt has token id {bad}, the vocabulary has 0..{self.config.vocab_size - 1}", "prompt"
+            )
+        if len(ids) + sampling.max_tokens > self.max_model_len:
+            raise BadRequest(
+                f"prompt of {len(ids)} tokens plus max_tokens {sampling.max_tokens} is over this model's "
+                f"limit of {self.max_model_len} tokens",
+                "max_tokens" if len(ids) < self.max_model_len else "prompt",
+                "context_length_exceeded",
+            )
+        if sampling.stop and not self.tokenizer.available:
+            raise BadRequest("stop needs a tokenizer and the checkpoint has none", "stop")
+        generator = None
+        if sampling.temperature > 0:
+            generator = torch.Generator(self.model.device)
+            if sampling.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sampling.seed)
+        with self._lock:
+            detokenizer = Detokenizer(self.tokenizer, sampling.stop)
+            sequence = Sequence(next(self._ids), ids, sampling, detokenizer, generator)
+            self.scheduler.add(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends a sequence early and frees its pages; does nothing if it has finished."""
+        with self._lock:
+            if sequence.state is not State.FINISHED:
+                sequence.finish_reason = "abort"
+                self.scheduler.remove(sequence)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> list[Step]:
+        """Runs one batch: a token for each decoding sequence, a chunk for prompts. Returns what came of it.
+
+        An exception of the model ends the sequences of this batch with finish_reason "error", no others.
+        """
+        with self._lock:
+            plan = self.scheduler.plan()
+            if not plan:
+                return []
+            try:
+                return self._run(plan)
+            except Exception as error:
+                log.exception("a step of %d sequences failed", len(plan))
+                return [self._fail(p.sequence, f"{type(error).__name__}: {error}") for p in plan]
+
+    def _run(self, plan: list[Planned]) -> list[Step]:
+        spans, wanted = [], []
+        for row, (sequence, count) in enumerate((p.sequence, p.count) for p in plan):
+            start = sequence.computed
+            spans.append(Span(sequence.tokens(start, start + count), start, sequence.pages))
+            if start + count == sequence.length:
+                wanted.append(row)
+        logits = self.model(make_batch(spans, self.model.device, wanted), self.cache)
+        for planned in plan:
+            self.scheduler.computed(planned)
+        sequences = [plan[row].sequence for row in wanted]
+        choices = choose(logits, sequences) if sequences else []
+        return [self._advance(s, c) for s, c in zip(sequences, choices, strict=True)]
+
+    def _advance(self, sequence: Sequence, choice: Choice) -> Step:
+        token = choice.token_id
+        if token is None:
+            return self._fail(sequence, "the model gave NaN or infinite logits")
+        sampling = sequence.sampling
+        sequence.last_token = time.monotonic()
+        if sequence.first_token is None:
+            sequence.first_token = sequence.last_token
+        sequence.output.append(token)
+        if choice.logprob is not None:
+            sequence.logprobs.append(choice.logprob)
+        ended = token in self.config.eos_token_ids and not sampling.ignore_eos
+        text = "" if ended else sequence.detokenizer.push(token)
+        reason = None
+        if ended or sequence.detokenizer.stopped:
+            reason = "stop"
+        elif len(sequence.output) >= sampling.max_tokens:
+            reason = "length"
+        if reason:
+            text += sequence.detokenizer.finish()
+            # a stop string may have been completed by the text held back
+            sequence.finish_reason = "stop" if sequence.detokenizer.stopped else reason
+            self.scheduler.remove(sequence)
+        return Step(sequence, token, text, sequence.finish_reason)
+
+    def _fail(self, sequence: Sequence, message: str) -> Step:
+        sequence.error, sequence.finish_reason = message, "error"
+        self.scheduler.remove(sequence)
+        return Step(sequence, None, "", "error")
+
+    def generate(
+        self,
+        prompts: Many[str] | Many[Many[int]],
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        **sampling: object,
+    ) -> list[Completion]:
+        """Completes all prompts in one continuous batch; `sampling` as the fields of Sampling.
+
+        With a seed, prompt i is sampled with seed + i. Not to be mixed with another thread's `step`.
+        """
+        seed = cast("int | None", sampling.pop("seed", None))
+        sequences = [
+            self.add(
+                prompt,
+                Sampling(
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    seed=None if seed is None else seed + i,
+                    **sampling,  # type: ignore[arg-type]
+                ),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        while self.busy:
+            self.step()
+        return [
+            Completion(s.detokenizer.text, s.output, s.finish_reason or "error", s.logprobs)
+            for s in sequences
+        ]
+
+    def logits(self, token_ids: Many[int]) -> Tensor:
+        """Float32 [len, vocabulary] on the CPU: logits after each token, every one computed through the decode
+        path (latents from the paged cache, the backend's kernel), as if the tokens had been decoded in turn.
+        """
+        ids = list(token_ids)
+        if not 0 < len(ids) <= self.max_model_len:
+            raise BadRequest(f"{len(ids)} tokens to score, expected 1..{self.max_model_len}")
+        with self._lock:
+            pages = self.allocator.allocate(-(-len(ids) // PAGE))
+            try:
+                parts = []
+                for start in range(0, len(ids), SCORE_ROWS):
+                    span = Span(ids[start : start + SCORE_ROWS], start, pages)
+                    batch = make_batch([span], self.model.device, None, as_rows=True)
+                    parts.append(self.model(batch, self.cache).cpu())
+            finally:
+                self.allocator.release(pages)
+        return torch.cat(parts)
+
+    def decode_step_times(self, context: int = 64, batch: int = 1, steps: int = 32) -> list[float]:
+        """Milliseconds of each of `steps` decode steps of `batch` sequences with about `context` tokens each."""
+        context = min(context, self.max_model_len - steps - 2)
+        generator = torch.Generator().manual_seed(0)
+        sampling = Sampling(max_tokens=steps + 1, ignore_eos=True)
+        for _ in range(batch):
+            prompt = torch.randint(self.config.vocab_size, (context,), generator=generator)
+            self.add(prompt.tolist(), sampling)
+        while any(s.length - s.computed > 1 for s in [*self.scheduler.running, *self.scheduler.waiting]):
+            self.step()
+        times = []
+        while self.busy:
+            start = time.perf_counter()
+            self.step()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times[:steps]
+
+
+def _cache_pages(
+    config: ModelConfig, options: Options, limit: int, device: torch.device, attention: DecodeAttention
+) -> int:
+    if options.cache_tokens is not None:
+        return max(1, -(-options.cache_tokens // PAGE))
+    page_bytes = PAGE * attention.row_width * attention.cache_dtype.itemsize * config.num_hidden_layers
+    room = CPU_CACHE_BYTES
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        room = int(GPU_CACHE_FRACTION * free)
+    return max(1, min(room // page_bytes, options.max_batch * -(-limit // PAGE)))

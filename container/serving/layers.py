@@ -1,0 +1,264 @@
+"""The layers of a DeepSeek-V2/V3 model on flat rows of tokens [T, hidden]; every class holds its weights only.
+
+The arithmetic follows transformers' models/deepseek_v2 and deepseek_v3 (Apache-2.0), which the tests compare with.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from container.serving.batch import Batch
+from container.serving.cache import LatentCache
+from container.serving.checkpoint import ModelConfig, Rope
+from container.serving.weights import Loader
+
+LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm do not take rms_norm_eps
+
+
+def rotary_table(rope: Rope, dim: int, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [positions, dim / 2], of the rotary embedding with YaRN's scaling if configured.
+
+    YaRN (arXiv 2309.00071) keeps high frequencies, divides low ones by `factor` and blends linearly between the
+    dimensions that turn beta_fast and beta_slow times over the original context.
+    """
+    powers = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    frequencies = 1.0 / powers
+    if rope.kind == "yarn":
+
+        def dimension_of(turns: float) -> float:
+            return (
+                dim
+                * math.log(rope.original_max_positions / (turns * 2 * math.pi))
+                / (2 * math.log(rope.theta))
+            )
+
+        low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+        stretched = ramp.clamp(0, 1)
+        frequencies = frequencies * (1 - stretched) + stretched / (rope.factor * powers)
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos() * rope.embedding_scale, angles.sin() * rope.embedding_scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (x[i], x[i + dim/2]) of the last dimension in float32; cos and sin broadcast to x's half."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+class Attention:
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1) over the paged latent cache.
+
+    A decoded token attends in the absorbed form: W_UK is folded into the query and W_UV into the output, so that
+    the kernel reads only latents. A prefilled chunk expands the latents once into keys and values for all its
+    tokens, which costs fewer operations from a few tokens on.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, load: Loader):
+        c, self.config, self.layer = config, config, layer
+        prefix = f"model.layers.{layer}.self_attn."
+        heads, hidden = c.num_attention_heads, c.hidden_size
+        query_width = c.q_lora_rank or heads * c.qk_head_dim
+        query = "q_a_proj" if c.q_lora_rank else "q_proj"
+        # the query's and the latent's projections read the same input: one matrix, one pass
+        self.split = (query_width, c.kv_lora_rank, c.qk_rope_head_dim)
+        parts = ((query, query_width), ("kv_a_proj_with_mqa", c.latent_dim))
+        self.w_in = load.joined(*((f"{prefix}{n}.weight", (rows, hidden)) for n, rows in parts))
+        self.b_in = None
+        if c.attention_bias:
+            biases = [load.optional(f"{prefix}{n}.bias", rows) for n, rows in parts]
+            filled = [
+                self.w_in.new_zeros(r) if b is None else b for b, (_, r) in zip(biases, parts, strict=True)
+            ]
+            self.b_in = torch.cat(filled)
+        self.kv_norm = load.one(prefix + "kv_a_layernorm.weight", c.kv_lora_rank)
+        if c.q_lora_rank:
+            self.q_norm = load.one(prefix + "q_a_layernorm.weight", c.q_lora_rank)
+            self.w_q = load.one(prefix + "q_b_proj.weight", heads * c.qk_head_dim, c.q_lora_rank)
+        kv_width = c.qk_nope_head_dim + c.v_head_dim
+        self.w_kv = load.one(prefix + "kv_b_proj.weight", heads * kv_width, c.kv_lora_rank)
+        per_head = self.w_kv.view(heads, kv_width, c.kv_lora_rank)
+        self.w_uk = per_head[:, : c.qk_nope_head_dim]  # [heads, nope, rank]
+        self.w_uv = per_head[:, c.qk_nope_head_dim :].transpose(1, 2)  # [heads, rank, v]
+        self.w_out = load.one(prefix + "o_proj.weight", hidden, heads * c.v_head_dim)
+        self.b_out = load.optional(prefix + "o_proj.bias", hidden) if c.attention_bias else None
+        if c.rope_interleave:
+            self._pair_halves()
+
+    def _pair_halves(self) -> None:
+        """Reorders the rope rows once, from pairs (0, 1), (2, 3), ... to halves: a score ignores their order."""
+        c = self.config
+        order = torch.arange(c.qk_rope_head_dim, device=self.w_in.device).view(-1, 2).T.flatten()
+        for tensor in (self.w_in, self.b_in):
+            if tensor is not None:
+                rope = tensor[-c.qk_rope_head_dim :]
+                rope.copy_(rope[order].clone())
+        if c.q_lora_rank:
+            self.w_q = self.w_q.clone()
+            query = self.w_q
+        else:
+            query = self.w_in[: self.split[0]]
+        rope = query.view(c.num_attention_heads, c.qk_head_dim, -1)[:, c.qk_nope_head_dim :]
+        rope.copy_(rope[:, order].clone())
+        if not c.q_lora_rank and self.b_in is not None:
+            rope = self.b_in[: self.split[0]].view(c.num_attention_heads, -1)[:, c.qk_nope_head_dim :]
+            rope.copy_(rope[:, order].clone())
+
+    def __call__(self, x: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+        """x [T, hidden] -> [T, hidden]; stores the T tokens' latents in the cache before attending."""
+        c = self.config
+        query, latent, rope = F.linear(x, self.w_in, self.b_in).split(self.split, dim=-1)
+        if c.q_lora_rank:
+            query = F.linear(rms_norm(query, self.q_norm, LATENT_NORM_EPS), self.w_q)
+        query = query.view(-1, c.num_attention_heads, c.qk_head_dim)
+        q_nope, q_rope = query.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+        cos, sin = batch.cos, batch.sin
+        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
+        latent = rms_norm(latent, self.kv_norm, LATENT_NORM_EPS)
+        cache.write(self.layer, batch.slots, torch.cat((latent, rotate(rope, cos, sin)), dim=-1))
+
+        n = batch.rows.count
+        if n == x.shape[0]:
+            out = self._decode(q_nope, q_rope, batch, cache)
+        else:
+            out = x.new_empty(x.shape[0], c.num_attention_heads, c.v_head_dim)
+            if n:
+                out[:n] = self._decode(q_nope[:n], q_rope[:n], batch, cache)
+            for chunk in batch.chunks:
+                part = slice(chunk.start, chunk.end)
+                latents = cache.read(self.layer, chunk.pages, chunk.length, x.dtype)
+                out[part] = self._prefill(q_nope[part], q_rope[part], latents)
+        return F.linear(out.flatten(1), self.w_out, self.b_out)
+
+    def _decode(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+        """[n, heads, nope], [n, heads, rope] -> [n, heads, v]; row i sees batch.rows.lengths[i] tokens."""
+        absorbed = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+        q = torch.cat((absorbed, q_rope), dim=-1)
+        out = cache.attend(self.layer, q, batch.rows.block_table, batch.rows.lengths)
+        return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
+
+    def _prefill(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
+        """Queries are the last n of the S tokens in `latents` [S, rank + rope]; causal. -> [n, heads, v]"""
+        c = self.config
+        n, total = q_nope.shape[0], latents.shape[0]
+        latent, k_rope = latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        expanded = F.linear(latent, self.w_kv).view(total, c.num_attention_heads, -1)
+        k_nope, v = expanded.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, c.num_attention_heads, -1)), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        mask = None
+        if n != total:
+            ahead = (
+                torch.arange(total, device=q.device)
+                - torch.arange(total - n, total, device=q.device)[:, None]
+            )
+            mask = ahead <= 0
+        if c.v_head_dim < c.qk_head_dim:  # the fused kernels want equal widths
+            v = F.pad(v, (0, c.qk_head_dim - c.v_head_dim))
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(0, 1)[None] for t in (q, k, v)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=c.softmax_scale,
+        )
+        return out[0].transpose(0, 1)[..., : c.v_head_dim]
+
+
+class Mlp:
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, prefix: str, hidden: int, width: int, bias: bool, load: Loader):
+        pair = [(f"{prefix}{name}", (width, hidden)) for name in ("gate_proj", "up_proj")]
+        self.w_in = load.joined(*((f"{name}.weight", shape) for name, shape in pair))
+        self.w_out = load.one(f"{prefix}down_proj.weight", hidden, width)
+        self.b_in = load.joined(*((f"{name}.bias", (width,)) for name, _ in pair)) if bias else None
+        self.b_out = load.one(f"{prefix}down_proj.bias", hidden) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.w_in, self.b_in).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.w_out, self.b_out)
+
+
+class MixtureOfExperts:
+    """Routed experts as grouped matrix products over tokens sorted by expert, plus the shared experts."""
+
+    def __init__(self, config: ModelConfig, layer: int, load: Loader):
+        c, self.config = config, config
+        prefix = f"model.layers.{layer}.mlp."
+        hidden, width = c.hidden_size, c.moe_intermediate_size
+        self.router = load.one(prefix + "gate.weight", c.n_routed_experts, hidden, dtype=torch.float32)
+        self.bias = None
+        if c.scoring == "sigmoid":
+            name = prefix + "gate.e_score_correction_bias"
+            self.bias = load.one(name, c.n_routed_experts, dtype=torch.float32)
+        experts = [f"{prefix}experts.{e}." for e in range(c.n_routed_experts)]
+        self.w_in = load.stacked(
+            [[(f"{e}{n}.weight", (width, hidden)) for n in ("gate_proj", "up_proj")] for e in experts]
+        )
+        self.w_out = load.stacked([[(f"{e}down_proj.weight", (hidden, width))] for e in experts])
+        shared = width * c.n_shared_experts
+        self.shared = Mlp(prefix + "shared_experts.", hidden, shared, c.mlp_bias, load) if shared else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights, experts = self.route(x)
+        k = experts.shape[1]
+        order = experts.flatten().argsort()
+        ends = torch.searchsorted(
+            experts.flatten()[order],
+            torch.arange(self.config.n_routed_experts, device=x.device),
+            right=True,
+            out_int32=True,
+        )
+        gate, up = grouped_linear(x[order // k], self.w_in, ends).chunk(2, dim=-1)
+        out = grouped_linear(F.silu(gate) * up, self.w_out, ends)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel(), device=x.device)
+        routed = out[place].view(-1, k, x.shape[1])
+        result = (routed * weights.to(x.dtype)[..., None]).sum(dim=1)
+        return result if self.shared is None else result + self.shared(x)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights float32 and indices int64 [T, k] of the chosen experts, in no particular order."""
+        c = self.config
+        logits = F.linear(x.float(), self.router)
+        scores = logits.softmax(dim=-1) if c.scoring == "softmax" else logits.sigmoid()
+        choice = scores if self.bias is None else scores + self.bias
+        if c.grouped and c.topk_group < c.n_group:
+            # a group's score: V2 takes its best expert, V3 the sum of its two best
+            grouped = choice.view(-1, c.n_group, c.n_routed_experts // c.n_group)
+            best = grouped.topk(1 if self.bias is None else min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+            keep = torch.zeros_like(best, dtype=torch.bool)
+            keep.scatter_(1, best.topk(c.topk_group, dim=-1, sorted=False).indices, True)
+            masked = 0.0 if self.bias is None else float("-inf")
+            choice = grouped.masked_fill(~keep[..., None], masked).flatten(1)
+        experts = choice.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * c.routed_scaling_factor, experts
+
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """x [N, in], rows sorted by group; weights [G, out, in]; ends int32 [G] -> [N, out].
+
+    One grouped kernel where the sizes suit it (rows of 16 bytes; bfloat16 on a GPU), else a product for each group.
+    """
+    aligned = all(width * x.element_size() % 16 == 0 for width in weights.shape[1:])
+    if aligned and (x.dtype == torch.bfloat16 or not x.is_cuda):
+        return F.grouped_mm(x, weights.transpose(-2, -1), offs=ends)
+    out = x.new_empty(x.shape[0], weights.shape[1])
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            out[start:end] = F.linear(x[start:end], weights[group])
+        start = end
+    return out
