@@ -5,9 +5,9 @@
     endpoint created the first time, else UpdateEndpoint with a blue/green policy and rollback alarms
     proof    the live EndpointConfigName is the one asked for
 
-Names are derived from what they name, so the step is idempotent: AWS sends several events for one approval, and
-the second run finds everything in place. The proof is needed because a rolled-back update ends InService, which
-reads as success (hashicorp/terraform-provider-aws issue 48997).
+Names are derived from what they name, so the step is idempotent: AWS sends several events for one approval,
+and the second run finds everything in place. The proof is needed because a rolled-back update ends InService,
+which reads as success (hashicorp/terraform-provider-aws issue 48997).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from steps.deployment import Deployment, Endpoint, wait_until_settled
 from steps.job import Job, StepError, log, run
 
 VARIANT = "AllTraffic"
+GRACE_SECONDS = 900  # the service ends an update at its own time limit; rolling back then takes a while
 RACES = 5  # AWS delivers one approval several times; each delivery starts an execution
 
 
@@ -38,7 +39,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deployment", type=Deployment.parse, default=Deployment(), help="JSON; see Deployment"
     )
-    parser.add_argument("--timeout-seconds", type=float, default=4 * 3600.0)
 
 
 def main(job: Job) -> None:
@@ -58,9 +58,7 @@ def main(job: Job) -> None:
     config = ensure_endpoint_config(
         sagemaker, model, args.instance_type, args.instance_count, args.deployment
     )
-    action, previous = move_endpoint(
-        sagemaker, args.endpoint_name, config, arn, args.deployment, args.timeout_seconds
-    )
+    action, previous = move_endpoint(sagemaker, args.endpoint_name, config, arn, args.deployment)
     live = verify_live(sagemaker, args.endpoint_name, config)
     log.info("%s serves %s (%s) through %s", live.name, arn, action, config)
     job.write_json(
@@ -78,7 +76,7 @@ def main(job: Job) -> None:
             "action": action,
             "instance_type": args.instance_type,
             "instance_count": args.instance_count,
-            "deployment_config": args.deployment.config,
+            "deployment_config": args.deployment.config(),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
@@ -103,7 +101,7 @@ def ensure_endpoint_config(
 ) -> str:
     """Create the endpoint configuration with one variant on `model` unless it is there. Returns its name."""
     variant = {
-        **deployment.variant,
+        **deployment.variant(),
         "VariantName": VARIANT,
         "ModelName": model,
         "InstanceType": instance_type,
@@ -121,15 +119,16 @@ def ensure_endpoint_config(
 
 
 def move_endpoint(
-    sagemaker: Any, name: str, config: str, arn: str, deployment: Deployment, timeout: float
+    sagemaker: Any, name: str, config: str, arn: str, deployment: Deployment
 ) -> tuple[str, str | None]:
     """Bring endpoint `name` to `config` and wait until it settled.
 
     Returns:
         what was done ("created", "updated", "unchanged") and the configuration that was live before.
     Raises:
-        StepError: the endpoint cannot take an update, or did not settle within `timeout` seconds.
+        StepError: the endpoint cannot take an update, or did not settle in time.
     """
+    timeout = deployment.timeout_seconds + GRACE_SECONDS
     for _ in range(RACES):
         endpoint = Endpoint.find(sagemaker, name)
         if endpoint and endpoint.moving:
@@ -146,7 +145,7 @@ def move_endpoint(
             if endpoint:
                 log.info("updating %s from %s to %s: %s", name, endpoint.config, config, deployment)
                 sagemaker.update_endpoint(
-                    EndpointName=name, EndpointConfigName=config, DeploymentConfig=deployment.config
+                    EndpointName=name, EndpointConfigName=config, DeploymentConfig=deployment.config()
                 )
             else:
                 log.info("creating endpoint %s with %s", name, config)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from botocore.exceptions import ClientError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steps import aws
 from steps.job import StepError, log
@@ -16,54 +17,73 @@ from steps.job import StepError, log
 MOVING = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
 FIRST_POLL_SECONDS, SLOWEST_POLL_SECONDS = 0.5, 15.0
 
-_ALL_AT_ONCE = {"TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 0}}
 
+class Deployment(BaseModel):
+    """The JSON of --deployment: how production changes, and what its containers get; ranges as the API has them."""
 
-@dataclass(frozen=True)
-class Deployment:
-    """What --deployment holds besides the instances.
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    Attributes:
-        config: UpdateEndpoint's DeploymentConfig as the API spells it: BlueGreenUpdatePolicy (canary, linear or
-            all at once) or RollingUpdatePolicy, and AutoRollbackConfiguration with CloudWatch alarms.
-        variant: further fields of the ProductionVariant, e.g. InferenceAmiVersion or
-            ModelDataDownloadTimeoutInSeconds.
-    """
-
-    config: dict[str, Any] = field(default_factory=lambda: {"BlueGreenUpdatePolicy": _ALL_AT_ONCE})
-    variant: dict[str, Any] = field(default_factory=dict)
+    strategy: Literal["canary", "linear", "all_at_once"] = "canary"
+    canary_percent: int = Field(default=10, ge=1, le=50)
+    linear_percent: int = Field(default=25, ge=10, le=50)
+    bake_seconds: int = Field(default=300, ge=0, le=3600)  # watched after every shift of traffic
+    termination_wait_seconds: int = Field(default=0, ge=0, le=3600)
+    timeout_seconds: int = Field(default=3600, ge=600, le=28800)
+    alarms: tuple[str, ...] = Field(default=(), max_length=10)
+    startup_timeout_seconds: int | None = Field(default=None, ge=60, le=3600)
+    download_timeout_seconds: int | None = Field(default=None, ge=60, le=3600)
+    inference_ami: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Deployment:
-        """Read `{"DeploymentConfig": {...}, "ProductionVariant": {...}}`; both keys may be left out."""
+        """Read the option's value; for argparse. Raises ArgumentTypeError naming the key that is wrong."""
         try:
-            given = json.loads(text)
+            return cls.model_validate(json.loads(text))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise argparse.ArgumentTypeError(f"{key or 'the document'}: {first['msg']}") from error
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"no JSON ({error}): {text!r}") from error
-        if not isinstance(given, dict) or set(given) - {"DeploymentConfig", "ProductionVariant"}:
-            raise argparse.ArgumentTypeError(
-                f"expected an object with DeploymentConfig and ProductionVariant, got {text!r}"
-            )
-        return cls(
-            **{
-                name: given[key]
-                for key, name in (("DeploymentConfig", "config"), ("ProductionVariant", "variant"))
-                if key in given
+
+    def config(self) -> dict[str, Any]:
+        """UpdateEndpoint's DeploymentConfig."""
+        routing: dict[str, Any] = {
+            "Type": self.strategy.upper(),
+            "WaitIntervalInSeconds": self.bake_seconds,
+        }
+        if self.strategy == "canary":
+            routing["CanarySize"] = {"Type": "CAPACITY_PERCENT", "Value": self.canary_percent}
+        elif self.strategy == "linear":
+            routing["LinearStepSize"] = {"Type": "CAPACITY_PERCENT", "Value": self.linear_percent}
+        config: dict[str, Any] = {
+            "BlueGreenUpdatePolicy": {
+                "TrafficRoutingConfiguration": routing,
+                "TerminationWaitInSeconds": self.termination_wait_seconds,
+                "MaximumExecutionTimeoutInSeconds": self.timeout_seconds,
             }
-        )
+        }
+        if self.alarms:
+            config["AutoRollbackConfiguration"] = {"Alarms": [{"AlarmName": name} for name in self.alarms]}
+        return config
+
+    def variant(self) -> dict[str, Any]:
+        """The fields of the ProductionVariant that are set."""
+        fields = {
+            "ModelDataDownloadTimeoutInSeconds": self.download_timeout_seconds,
+            "ContainerStartupHealthCheckTimeoutInSeconds": self.startup_timeout_seconds,
+            "InferenceAmiVersion": self.inference_ami,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
-        policy = self.config.get("BlueGreenUpdatePolicy")
-        alarms = [
-            alarm["AlarmName"] for alarm in self.config.get("AutoRollbackConfiguration", {}).get("Alarms", [])
-        ]
-        watch = f"rollback on {', '.join(alarms)}" if alarms else "no rollback alarms"
-        if not policy:
-            return f"rolling update, {watch}"
-        traffic = policy["TrafficRoutingConfiguration"]
-        size = traffic.get("CanarySize") or traffic.get("LinearStepSize") or {}
-        step = f" {size['Value']} {size['Type'].lower().replace('_', ' ')}" if size else ""
-        return f"{traffic['Type'].lower()}{step}, baking {traffic['WaitIntervalInSeconds']} s, {watch}"
+        size = {
+            "canary": f" {self.canary_percent} %",
+            "linear": f" {self.linear_percent} %",
+            "all_at_once": "",
+        }
+        watch = f"rollback on {', '.join(self.alarms)}" if self.alarms else "no rollback alarms"
+        return f"{self.strategy}{size[self.strategy]}, baking {self.bake_seconds} s, {watch}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,7 @@ class Endpoint:
             raise StepError(
                 f"Endpoint '{self.name}' is {self.status} and takes no update: "
                 f"{self.failure or 'no reason given'}.",
-                "Delete it (aws sagemaker delete-endpoint) and start the pipeline again, which creates it anew.",
+                "Delete it (aws sagemaker delete-endpoint) and start the pipeline again: it creates it anew.",
             )
 
 
@@ -137,7 +157,7 @@ def wait_until_settled(sagemaker: Any, name: str, timeout: float) -> Endpoint | 
 
 
 def _progress(answer: dict[str, Any]) -> str:
-    """One line: status, and per variant its instances, traffic weight and state, live and new side by side."""
+    """One line: status, and per variant its instances, traffic weight and state, old and new."""
     parts = [answer["EndpointStatus"]]
     pending = answer.get("PendingDeploymentSummary", {})
     for side, variants in (

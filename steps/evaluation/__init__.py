@@ -1,0 +1,1 @@
+"""The parts of Evaluate: correctness, contest and latency, model level, and the report."""

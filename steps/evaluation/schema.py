@@ -1,0 +1,139 @@
+"""evaluation.json: what Evaluate measured, for QualityGate, SmokeTest, RecordRelease and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from steps.job import StepError
+
+
+class Section(BaseModel):
+    """Immutable; unknown fields and NaN are refused, so that two versions do not agree by luck."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Requested(Section):
+    """The parameters of this run."""
+
+    backend: str
+    kv_cache_dtype: str
+    workload: str
+
+
+class Contestant(Section):
+    """One backend that could have won; `reason` says why it could not."""
+
+    backend: str
+    correct: bool
+    geomean_us: float | None  # geometric mean of the p50 over the latency cases, microseconds
+    reason: str | None
+
+
+class CorrectnessCase(Section):
+    """One case against the float64 definition. Errors are relative, without unit."""
+
+    name: str
+    relative_error: float
+    bound: float
+    lse_error: float
+    lse_bound: float
+    passed: bool
+
+
+class Correctness(Section):
+    passed: bool
+    worst_case: str
+    cases: list[CorrectnessCase]
+    bounds_reason: str
+
+
+class LatencyCase(Section):
+    """One decode step of the operator: batch `b`, `s_q` queries, `h_q` heads, cache length `s_k` tokens."""
+
+    name: str
+    b: int
+    s_q: int
+    h_q: int
+    s_k: int
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    baseline_p50_us: float
+    speedup: float  # baseline_p50_us / p50_us
+    gbps: float  # cache, queries and outputs read or written once, 1e9 bytes a second
+    tflops: float  # 1e12 operations a second, a multiply-add counted as two
+    fraction_of_limit: float  # gbps / limit_gbps; above 1 where the cache fits the processor's own cache
+
+
+class Latency(Section):
+    limit_gbps: float  # read bandwidth of the memory, measured on this machine in this run
+    cases: list[LatencyCase]
+
+
+class Milliseconds(Section):
+    p50: float
+    p90: float
+    p99: float
+
+
+class Smoke(Section):
+    """What the endpoint must answer to this prompt, greedily."""
+
+    prompt: str
+    max_tokens: int
+    token_ids: list[int]
+    text: str
+
+
+class ModelLevel(Section):
+    """The served engine against transformers with the same weights."""
+
+    logits_relative_error: float
+    tokens_equal: int
+    tokens_total: int
+    tokens_per_s: float  # batch 1, decode only
+    decode_step_ms: Milliseconds  # one whole-model decode step, batch 1
+    smoke: Smoke
+
+
+class Gate(Section):
+    """What QualityGate compares with the pipeline's parameters, flat for JsonGet."""
+
+    correct: int  # 1 or 0
+    relative_error: float
+    speedup: float
+    decode_latency_ms: float
+    tokens_equal_percent: float
+
+
+class Evaluation(Section):
+    schema_version: int = 1
+    created: str
+    machine: dict[str, str | int | float | None]
+    versions: dict[str, str | None]
+    requested: Requested
+    contest: list[Contestant]
+    backend: str
+    kernel_sha256: str
+    correctness: Correctness
+    latency: Latency
+    model: ModelLevel
+    gate: Gate
+
+    @classmethod
+    def load(cls, path: Path) -> Evaluation:
+        """Read evaluation.json. Raises StepError naming the field that is missing, unknown or mistyped."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StepError(f"There is no {path}.", "Run the Evaluate step.") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise StepError(
+                f"{path} does not have this version's form: {field or 'document'}: {first['msg']}.",
+                "Run the Evaluate step of this version.",
+            ) from error
