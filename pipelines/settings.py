@@ -1,0 +1,226 @@
+"""An environment's configuration: config/base.yaml, overlaid by config/<env>.yaml, as one frozen object.
+
+Mappings merge key by key, everything else is replaced. An unknown key, a missing one or a wrong type is
+refused with the file, the key and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from pipelines import parameters
+from pipelines.errors import UserError, choose
+
+CONFIG = Path(__file__).resolve().parent.parent / "config"
+NAME = r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*$"  # SageMaker's EntityName
+
+# An execution's id and a dash are appended to a pipeline's name, and SageMaker takes 63 characters.
+Name = Annotated[str, StringConstraints(pattern=NAME, max_length=48)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+RoleArn = Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")]
+Seconds = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Images(_Strict):
+    """Container images of container/Dockerfile: `job` runs the steps, `serve` runs the endpoint."""
+
+    job: Text
+    serve: Text
+
+
+class Network(_Strict):
+    """VPC of jobs and endpoints."""
+
+    subnets: tuple[Text, ...]
+    security_group_ids: tuple[Text, ...]
+    encrypt_traffic: bool = True
+
+
+class Mlflow(_Strict):
+    """Where the models come from."""
+
+    tracking_uri: Text
+    registry_uri: Text
+    host: str | None = None
+    secret_arn: str | None = None
+    allow_pickled_weights: bool = False
+
+
+class Names(_Strict):
+    """Names of the resources that outlive an execution."""
+
+    release_pipeline: Name
+    production_pipeline: Name
+    model_package_group: Name
+    approval_rule: Name
+
+
+class Jobs(_Strict):
+    """Processing jobs."""
+
+    control_instance_type: Text
+    volume_gb: Annotated[int, Field(ge=1)]
+    timeout_minutes: Annotated[int, Field(ge=1, le=7200)]
+
+
+class Endpoint(_Strict):
+    """Staging and production endpoints."""
+
+    startup_timeout_seconds: Annotated[int, Field(ge=60, le=3600)]
+    download_timeout_seconds: Annotated[int, Field(ge=60, le=3600)]
+    inference_ami: str | None = None
+
+
+class Deployment(_Strict):
+    """Canary update of the production endpoint; the limits are UpdateEndpoint's."""
+
+    canary_percent: Annotated[int, Field(ge=1, le=50)]
+    bake_seconds: Annotated[int, Field(ge=0, le=3600)]
+    termination_wait_seconds: Annotated[int, Field(ge=0, le=3600)]
+    timeout_seconds: Annotated[int, Field(ge=600, le=28800)]
+    alarms: tuple[Text, ...] = Field(default=(), max_length=10)
+
+
+class Cache(_Strict):
+    """Reuse of the CompileKernel step of an earlier execution."""
+
+    enabled: bool
+    expire_after: Annotated[str, StringConstraints(pattern=r"^P(\d+[YMWD])*(T(\d+[HMS])+)?$")]
+
+
+class Defaults(_Strict):
+    """Defaults of the pipeline parameters (pipelines/parameters.py)."""
+
+    release: Mapping[str, str | int | float]
+    production: Mapping[str, str | int | float]
+
+
+class Settings(_Strict):
+    """Everything an environment decides. `environment` is the file's name, not a key of it."""
+
+    environment: str
+    region: Annotated[str, StringConstraints(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")]
+    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")]
+    role: RoleArn
+    kms_key: str | None = None
+    network: Network | None = None
+    images: Images
+    mlflow: Mlflow
+    names: Names
+    jobs: Jobs
+    endpoint: Endpoint
+    deployment: Deployment
+    cache: Cache
+    parameters: Defaults
+
+    @property
+    def role_name(self) -> str:
+        """The role's name, without account and path."""
+        return self.role.rsplit("/", 1)[-1]
+
+    @classmethod
+    def load(
+        cls, environment: str, overrides: Mapping[str, object] | None = None, folder: Path = CONFIG
+    ) -> Settings:
+        """Read an environment.
+
+        overrides: dotted keys to values, applied last, e.g. {"mlflow.tracking_uri": "http://…"}.
+        Raises UserError for an unknown environment or anything wrong in the files.
+        """
+        if environment not in (known := environments(folder)):
+            raise UserError(f"no environment '{environment}'", str(folder), choose(environment, known))
+        base, overlay = folder / "base.yaml", folder / f"{environment}.yaml"
+        layers = [(str(base), _read(base)), (str(overlay), _read(overlay))]
+        layers += [(f"override {key}", _nest(key, value)) for key, value in (overrides or {}).items()]
+        merged: dict[str, Any] = {}
+        for where, layer in layers:
+            _refuse_unknown(cls, layer, where)
+            merged = _merge(merged, layer)
+        try:
+            settings = cls.model_validate({**merged, "environment": environment})
+        except ValidationError as error:
+            raise _explain(error, layers, environment) from None
+        checked = {
+            name: parameters.check_defaults(
+                name, getattr(settings.parameters, name), _origin(layers, "parameters", name)
+            )
+            for name in parameters.PIPELINES
+        }
+        return settings.model_copy(update={"parameters": Defaults(**checked)})
+
+
+def environments(folder: Path = CONFIG) -> list[str]:
+    """Names for --env: the configuration files except the base and the account's infrastructure."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in ("base", "infrastructure"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("configuration file is missing", str(path), "restore it") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            "not valid YAML", f"{path}: {' '.join(str(error).split())}", "correct the file"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError("not a mapping of keys to values", str(path), "start it with 'bucket: …'")
+    return content
+
+
+def _nest(key: str, value: object) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _refuse_unknown(model: type[BaseModel], layer: Mapping[str, Any], where: str, above: str = "") -> None:
+    fields = {name: field for name, field in model.model_fields.items() if name != "environment"}
+    for key, value in layer.items():
+        if key not in fields:
+            raise UserError(f"unknown key '{above}{key}'", where, choose(str(key), fields))
+        for kind in (fields[key].annotation, *get_args(fields[key].annotation)):
+            if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+                _refuse_unknown(kind, value, where, f"{above}{key}.")
+
+
+def _origin(layers: list[tuple[str, dict[str, Any]]], *path: str) -> str:
+    """The topmost layer that holds the key, else the environment's file: where a person has to look."""
+    for where, layer in reversed(layers):
+        value: Any = layer
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return where
+    return layers[1][0]
+
+
+def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]], environment: str) -> UserError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    where = _origin(layers, *path)
+    if first["type"] == "missing":
+        return UserError(f"key '{key}' is missing", where, f"add it to config/{environment}.yaml")
+    return UserError(
+        f"{key} = {first['input']!r} is wrong", where, first["msg"][0].lower() + first["msg"][1:]
+    )
