@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
 from pipelines import sdk
 from pipelines.sdk import Builder, output_uri
 from pipelines.settings import Settings
@@ -52,11 +54,16 @@ def deploy_production(build: Builder, package: ProcessingStep) -> ProcessingStep
             "--instance-type": build.p.EndpointInstanceType,
             "--instance-count": build.p.EndpointInstanceCount,
             "--role-arn": settings.role,
-            "--deployment": json.dumps(settings.deployment.model_dump(), separators=(",", ":")),
         },
+        # One argument holds 256 characters, so the option comes in parts.
+        repeated={"--deployment": [_json(settings.deployment), _json(settings.endpoint)]},
         inputs={"package": output_uri(package, "package")},
         outputs=("deployment",),
     )
+
+
+def _json(part: BaseModel) -> str:
+    return json.dumps(part.model_dump(exclude_none=True), separators=(",", ":"))
 
 
 def record_promotion(build: Builder, package: ProcessingStep, deployment: ProcessingStep) -> ProcessingStep:

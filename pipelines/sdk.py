@@ -131,6 +131,7 @@ class Builder:
         *,
         description: str,
         arguments: Mapping[str, PipelineVariable | str] | None = None,
+        repeated: Mapping[str, Sequence[str]] | None = None,
         inputs: Mapping[str, PipelineVariable] | None = None,
         outputs: Sequence[str] = (),
         property_files: Mapping[str, tuple[str, str]] | None = None,
@@ -143,6 +144,7 @@ class Builder:
         """A processing job that runs `python3 -m steps.<module>` in the job image.
 
         arguments: option to value; pipeline variables become text.
+        repeated: option to values, the option once before each.
         inputs: channel to S3 URI, under /opt/ml/processing/input/<channel>.
         outputs: folders under /opt/ml/processing/output, each to
             s3://<bucket>/<prefix>/executions/<execution>/<step>/<output>.
@@ -171,6 +173,9 @@ class Builder:
             sagemaker_session=self.session,
         )
         options = [part for option, value in (arguments or {}).items() for part in (option, _as_text(value))]
+        options += [
+            part for option, values in (repeated or {}).items() for one in values for part in (option, one)
+        ]
         step_args = processor.run(
             inputs=[_input(channel, uri) for channel, uri in (inputs or {}).items()],
             outputs=[self._output(name, output) for output in outputs],

@@ -37,8 +37,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance-count", type=int, required=True)
     parser.add_argument("--role-arn", required=True, help="execution role of the model")
     parser.add_argument(
-        "--deployment", type=Deployment.parse, default=Deployment(), help="JSON; see Deployment"
+        "--deployment",
+        type=Deployment.parse,
+        default=Deployment(),
+        action=_Merge,
+        help="JSON; see Deployment",
     )
+
+
+class _Merge(argparse.Action):
+    """Option given several times: keys add up. One argument of a processing job holds 256 characters at most."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        given = {name: getattr(values, name) for name in values.model_fields_set}
+        setattr(namespace, self.dest, getattr(namespace, self.dest).model_copy(update=given))
 
 
 def main(job: Job) -> None:
