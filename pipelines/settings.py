@@ -111,7 +111,10 @@ class Settings(_Strict):
     region: Annotated[str, StringConstraints(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")]
     bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
     prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")]
-    role: RoleArn
+    role: RoleArn  # of the pipelines, their jobs and the endpoints
+    events_role: RoleArn | None = (
+        None  # with which EventBridge starts the production pipeline; null takes `role`
+    )
     kms_key: str | None = None
     network: Network | None = None
     images: Images

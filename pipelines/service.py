@@ -1,0 +1,331 @@
+"""What a person or CI does with deployed pipelines: start, watch, read, decide, invoke. boto3 only.
+
+Plain functions that take an `Aws` and give dataclasses; nothing here knows whether AWS is the sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.aws import Aws, is_missing
+from pipelines.errors import UserError, choose
+from pipelines.parameters import Parameter
+
+RUNNING = {"Executing", "Stopping"}
+JOBS = "/aws/sagemaker/ProcessingJobs"
+ENDPOINTS = "/aws/sagemaker/Endpoints"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an execution; `resource` is the ARN of what it made, "" when there is none."""
+
+    name: str
+    status: str  # Starting | Executing | Succeeded | Failed | Stopping | Stopped
+    started: datetime | None
+    ended: datetime | None
+    failure: str
+    resource: str
+
+    @property
+    def seconds(self) -> float | None:
+        """Duration, None while it runs."""
+        return (self.ended - self.started).total_seconds() if self.started and self.ended else None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """An execution at one moment; steps in the order in which they started."""
+
+    arn: str
+    pipeline: str
+    status: str  # Executing | Stopping | Stopped | Failed | Succeeded
+    started: datetime
+    ended: datetime | None
+    failure: str
+    steps: tuple[Step, ...]
+
+    @property
+    def id(self) -> str:
+        """The last part of the ARN."""
+        return self.arn.rsplit("/", 1)[-1]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.status not in RUNNING
+
+    def step(self, name: str) -> Step:
+        """A step by name. Raises UserError naming the steps there are."""
+        for step in self.steps:
+            if step.name == name:
+                return step
+        raise UserError(
+            f"no step '{name}'", f"execution {self.id}", choose(name, [one.name for one in self.steps])
+        )
+
+
+@dataclass(frozen=True)
+class Package:
+    """A registered version of the model package group."""
+
+    arn: str
+    version: int
+    status: str  # PendingManualApproval | Approved | Rejected
+    created: datetime
+    metadata: Mapping[str, str]
+
+
+def start(aws: Aws, pipeline: str, values: Mapping[str, str], name: str | None = None) -> str:
+    """Start a pipeline; gives the execution's ARN.
+
+    values: parameter name to text. Names, types and enums are checked against the stored definition first.
+    """
+    parameters = stored_parameters(aws, pipeline)
+    for key, value in values.items():
+        if key not in parameters:
+            raise UserError(f"unknown parameter '{key}'", f"pipeline {pipeline}", choose(key, parameters))
+        parameters[key].parse(value, f"pipeline {pipeline}")
+    missing = [key for key, one in parameters.items() if one.required and key not in values]
+    if missing:
+        raise UserError(
+            f"no value for {', '.join(missing)}", f"pipeline {pipeline}", f"add -p {missing[0]}=…"
+        )
+    request: dict[str, Any] = {"PipelineName": pipeline}
+    if values:
+        request["PipelineParameters"] = [{"Name": key, "Value": str(value)} for key, value in values.items()]
+    if name:
+        request["PipelineExecutionDisplayName"] = name
+    return aws.sagemaker.start_pipeline_execution(**request)["PipelineExecutionArn"]
+
+
+def stored_parameters(aws: Aws, pipeline: str) -> dict[str, Parameter]:
+    """The parameters of the definition that would run now."""
+    from botocore.exceptions import ClientError
+
+    try:
+        answer = aws.sagemaker.describe_pipeline(PipelineName=pipeline)
+    except ClientError as error:
+        if is_missing(error):
+            raise UserError(
+                f"no pipeline '{pipeline}'", aws.region, "run `mla-pipeline upsert` first"
+            ) from error
+        raise
+    listed = json.loads(answer["PipelineDefinition"]).get("Parameters", [])
+    return {
+        one["Name"]: Parameter(
+            one["Name"], one["Type"], "", tuple(one.get("EnumValues", ())), "DefaultValue" not in one
+        )
+        for one in listed
+    }
+
+
+def status(aws: Aws, arn: str) -> Execution:
+    """An execution with its steps."""
+    answer = aws.sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)
+    pages = aws.sagemaker.get_paginator("list_pipeline_execution_steps").paginate(
+        PipelineExecutionArn=arn, SortOrder="Ascending"
+    )
+    over = answer["PipelineExecutionStatus"] not in RUNNING
+    return Execution(
+        arn=arn,
+        pipeline=answer["PipelineArn"].rsplit("/", 1)[-1],
+        status=answer["PipelineExecutionStatus"],
+        started=answer["CreationTime"],
+        ended=answer.get("LastModifiedTime") if over else None,
+        failure=answer.get("FailureReason", ""),
+        steps=tuple(_step(one) for page in pages for one in page["PipelineExecutionSteps"]),
+    )
+
+
+def watch(aws: Aws, arn: str, seconds: float = 1.0, timeout: float | None = None) -> Iterator[Execution]:
+    """The execution now and after each change, until it is over.
+
+    seconds: between two looks. Raises UserError when it is not over after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout if timeout else None
+    last = None
+    while True:
+        now = status(aws, arn)
+        if now != last:
+            yield now
+        if now.over:
+            return
+        if deadline and time.monotonic() > deadline:
+            raise UserError(
+                f"still {now.status} after {timeout:.0f} s", f"execution {now.id}", "look at `logs`"
+            )
+        last = now
+        time.sleep(seconds)
+
+
+def wait(aws: Aws, arn: str, seconds: float = 1.0, timeout: float | None = None) -> Execution:
+    """The execution once it is over."""
+    *_, last = watch(aws, arn, seconds, timeout)
+    return last
+
+
+def latest(aws: Aws, pipeline: str) -> str:
+    """ARN of the execution that started last."""
+    found = aws.sagemaker.list_pipeline_executions(
+        PipelineName=pipeline, SortBy="CreationTime", SortOrder="Descending", MaxResults=1
+    )["PipelineExecutionSummaries"]
+    if not found:
+        raise UserError("no execution yet", f"pipeline {pipeline}", "run `mla-pipeline start`")
+    return found[0]["PipelineExecutionArn"]
+
+
+def started_for(aws: Aws, pipeline: str, package: str, timeout: float) -> str:
+    """ARN of the execution that the approval of `package` started. Raises UserError when none starts."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = aws.sagemaker.list_pipeline_executions(
+            PipelineName=pipeline, SortBy="CreationTime", SortOrder="Descending"
+        )["PipelineExecutionSummaries"]
+        for one in found:
+            arn = one["PipelineExecutionArn"]
+            answer = aws.sagemaker.list_pipeline_parameters_for_execution(PipelineExecutionArn=arn)
+            if {"Name": "ModelPackageArn", "Value": package} in answer["PipelineParameters"]:
+                return arn
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the approval started nothing within {timeout:.0f} s",
+                f"pipeline {pipeline}",
+                "run `mla-pipeline upsert`: it sets the event rule",
+            )
+        time.sleep(0.5)
+
+
+def logs(aws: Aws, arn: str, step: str) -> Iterator[str]:
+    """The log lines of a step's job or endpoint."""
+    resource = status(aws, arn).step(step).resource
+    kind, _, name = resource.rpartition(":")[2].partition("/")
+    if kind == "processing-job":
+        yield from _log_lines(aws, JOBS, f"{name}/")
+    elif kind == "endpoint":
+        yield from _log_lines(aws, f"{ENDPOINTS}/{name}", "")
+    else:
+        raise UserError(
+            f"step {step} writes no log", resource or "it runs no container", "see `mla-pipeline status`"
+        )
+
+
+def packages(aws: Aws, group: str) -> list[Package]:
+    """Versions of the group, newest first."""
+    found = aws.sagemaker.list_model_packages(
+        ModelPackageGroupName=group, SortBy="CreationTime", SortOrder="Descending"
+    )["ModelPackageSummaryList"]
+    return [package(aws, one["ModelPackageArn"]) for one in found]
+
+
+def package(aws: Aws, arn: str) -> Package:
+    """A version by ARN."""
+    answer = aws.sagemaker.describe_model_package(ModelPackageName=arn)
+    return Package(
+        arn=answer["ModelPackageArn"],
+        version=answer["ModelPackageVersion"],
+        status=answer["ModelApprovalStatus"],
+        created=answer["CreationTime"],
+        metadata=answer.get("CustomerMetadataProperties", {}),
+    )
+
+
+def find_package(aws: Aws, group: str, reference: str | None) -> Package:
+    """A version by ARN or number; without reference the newest one that waits for a decision."""
+    if reference and reference.startswith("arn:"):
+        return package(aws, reference)
+    known = packages(aws, group)
+    for one in known:
+        if str(one.version) == reference or (reference is None and one.status == "PendingManualApproval"):
+            return one
+    listed = ", ".join(f"{one.version} ({one.status})" for one in known) or "none"
+    what = f"no version {reference}" if reference else "no version waits for approval"
+    raise UserError(what, f"model package group {group}", f"known: {listed}")
+
+
+def decide(aws: Aws, arn: str, approval: str, note: str) -> None:
+    """Set a version's approval status: Approved or Rejected. Approval is what starts production."""
+    aws.sagemaker.update_model_package(
+        ModelPackageArn=arn,
+        ModelApprovalStatus=approval,
+        ApprovalDescription=note or f"{approval} by mla-pipeline",
+    )
+
+
+def invoke(aws: Aws, endpoint: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+    """The endpoint's answer to a prompt, as OpenAI's completions form it."""
+    answer = aws.runtime.invoke_endpoint(
+        EndpointName=endpoint,
+        ContentType="application/json",
+        Accept="application/json",
+        Body=json.dumps({"prompt": prompt, "max_tokens": max_tokens}),
+    )
+    return json.loads(answer["Body"].read())
+
+
+def report(aws: Aws, arn: str, folder: Path) -> list[Path]:
+    """Download what Evaluate wrote (evaluation.json, report.html) into `folder`."""
+    resource = status(aws, arn).step("Evaluate").resource
+    if not resource:
+        raise UserError(
+            "Evaluate has not run", f"execution {arn.rsplit('/', 1)[-1]}", "see `mla-pipeline status`"
+        )
+    job = aws.sagemaker.describe_processing_job(ProcessingJobName=resource.rsplit("/", 1)[-1])
+    uri = job["ProcessingOutputConfig"]["Outputs"][0]["S3Output"]["S3Uri"]
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    listed = aws.s3.list_objects_v2(Bucket=bucket, Prefix=f"{prefix.rstrip('/')}/").get("Contents", [])
+    if not listed:
+        raise UserError(
+            "no evaluation was written",
+            uri,
+            f"see `mla-pipeline logs Evaluate`: job {job['ProcessingJobStatus']}",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for one in listed:
+        target = folder / Path(one["Key"]).name
+        aws.s3.download_file(bucket, one["Key"], str(target))
+        files.append(target)
+    return files
+
+
+def _step(answer: Mapping[str, Any]) -> Step:
+    resources = [
+        one["Arn"] for one in answer.get("Metadata", {}).values() if isinstance(one, dict) and one.get("Arn")
+    ]
+    return Step(
+        name=answer["StepName"],
+        status=answer["StepStatus"],
+        started=answer.get("StartTime"),
+        ended=answer.get("EndTime"),
+        failure=answer.get("FailureReason", ""),
+        resource=resources[0] if resources else "",
+    )
+
+
+def _log_lines(aws: Aws, group: str, prefix: str) -> Iterator[str]:
+    from botocore.exceptions import ClientError
+
+    options = {"logStreamNamePrefix": prefix} if prefix else {}
+    try:
+        streams = aws.logs.describe_log_streams(logGroupName=group, **options)["logStreams"]
+    except ClientError as error:
+        if is_missing(error):
+            raise UserError("no log yet", group, "wait until the container has started") from error
+        raise
+    for stream in streams:
+        token: dict[str, str] = {}
+        while True:
+            page = aws.logs.get_log_events(
+                logGroupName=group, logStreamName=stream["logStreamName"], startFromHead=True, **token
+            )
+            yield from (event["message"].rstrip("\n") for event in page["events"])
+            if not page["events"] or page["nextForwardToken"] == token.get("nextToken"):
+                break
+            token = {"nextToken": page["nextForwardToken"]}

@@ -1,0 +1,133 @@
+"""Bring an account to what the configuration says, in two stages: `plan` only reads, `execute` changes.
+
+Resources: the model package group, both pipelines, and the EventBridge rule that starts production when a
+version of the group is approved. The bucket and the roles are infrastructure and must be there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines import lint
+from pipelines.aws import Aws, is_missing
+from pipelines.errors import UserError
+from pipelines.settings import Settings
+
+TARGET = "production-pipeline"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One resource: what it is, what to do with it."""
+
+    kind: str
+    name: str
+    action: Literal["create", "update", "keep"]
+    apply: Callable[[], None] = field(repr=False, compare=False)
+
+
+def render(settings: Settings) -> dict[str, Any]:
+    """Both SDK pipelines by name, each checked by lint. Imports the SDK, which takes seconds."""
+    from pipelines import production, release
+
+    built = (release.get_pipeline(settings), production.get_pipeline(settings))
+    for one in built:
+        lint.require_clean(one.name, one.definition())
+    return {one.name: one for one in built}
+
+
+def plan(aws: Aws, settings: Settings, pipelines: Mapping[str, Any]) -> list[Change]:
+    """What `execute` would do, in order. Reads only."""
+    _require_bucket(aws, settings)
+    group = _plan_group(aws, settings.names.model_package_group)
+    changes = [_plan_pipeline(aws, settings, one) for one in pipelines.values()]
+    return [group, *changes, _plan_rule(aws, settings)]
+
+
+def execute(changes: list[Change]) -> None:
+    """Apply the changes in order."""
+    for change in changes:
+        if change.action != "keep":
+            change.apply()
+
+
+def event_pattern(settings: Settings) -> dict[str, Any]:
+    """Approvals of this group only: lifecycle changes share the detail type."""
+    return {
+        "source": ["aws.sagemaker"],
+        "detail-type": ["SageMaker Model Package State Change"],
+        "detail": {
+            "ModelPackageGroupName": [settings.names.model_package_group],
+            "ModelApprovalStatus": ["Approved"],
+        },
+    }
+
+
+def _found(call: Callable[..., Any], **arguments: Any) -> Any:
+    """The answer, or None when the resource does not exist."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return call(**arguments)
+    except ClientError as error:
+        if is_missing(error):
+            return None
+        raise
+
+
+def _require_bucket(aws: Aws, settings: Settings) -> None:
+    if _found(aws.s3.head_bucket, Bucket=settings.bucket) is None:
+        where = f"config/{settings.environment}.yaml, bucket"
+        raise UserError(f"bucket '{settings.bucket}' does not exist", where, "create it or name yours")
+
+
+def _plan_group(aws: Aws, name: str) -> Change:
+    there = _found(aws.sagemaker.describe_model_package_group, ModelPackageGroupName=name)
+    return Change(
+        "model package group",
+        name,
+        "keep" if there else "create",
+        lambda: aws.sagemaker.create_model_package_group(
+            ModelPackageGroupName=name, ModelPackageGroupDescription="Released MLA models with their kernels"
+        ),
+    )
+
+
+def _plan_pipeline(aws: Aws, settings: Settings, pipeline: Any) -> Change:
+    there = _found(aws.sagemaker.describe_pipeline, PipelineName=pipeline.name)
+    same = there and json.loads(there["PipelineDefinition"]) == json.loads(pipeline.definition())
+    action: Literal["create", "update", "keep"] = "create" if not there else "update"
+    if same and there["RoleArn"] == settings.role:
+        action = "keep"
+    return Change("pipeline", pipeline.name, action, lambda: pipeline.upsert(role_arn=settings.role))
+
+
+def _plan_rule(aws: Aws, settings: Settings) -> Change:
+    name = settings.names.approval_rule
+    rule = _found(aws.events.describe_rule, Name=name)
+    target = {
+        "Id": TARGET,
+        "RoleArn": settings.events_role or settings.role,
+        "SageMakerPipelineParameters": {
+            "PipelineParameterList": [{"Name": "ModelPackageArn", "Value": "$.detail.ModelPackageArn"}]
+        },
+    }
+
+    def apply() -> None:
+        arn = aws.sagemaker.describe_pipeline(PipelineName=settings.names.production_pipeline)["PipelineArn"]
+        pattern = json.dumps(event_pattern(settings))
+        words = "An approved model package starts the production pipeline"
+        aws.events.put_rule(Name=name, EventPattern=pattern, State="ENABLED", Description=words)
+        answer = aws.events.put_targets(Rule=name, Targets=[{**target, "Arn": arn}])
+        if answer.get("FailedEntryCount"):
+            raise UserError(f"target refused: {answer['FailedEntries'][0]['ErrorMessage']}", f"rule {name}")
+
+    if not rule:
+        return Change("rule", name, "create", apply)
+    targets = aws.events.list_targets_by_rule(Rule=name)["Targets"]
+    set_up = [{key: one.get(key) for key in target} for one in targets if one["Id"] == TARGET]
+    same = json.loads(rule["EventPattern"]) == event_pattern(settings) and rule.get("State") == "ENABLED"
+    return Change("rule", name, "keep" if same and set_up == [target] else "update", apply)
