@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Merge(argparse.Action):
-    """Option given several times: keys add up. One argument of a processing job holds 256 characters at most."""
+    """Option given several times: keys add up. One argument of a job holds 256 characters at most."""
 
     def __call__(
         self,
