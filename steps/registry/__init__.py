@@ -1,0 +1,1 @@
+"""How the steps speak with an MLflow registry: names, credentials, download, inspection, provenance."""

@@ -1,0 +1,319 @@
+"""Connecting to the registry and turning a model URI into one model version and its files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import requests
+
+from steps.job import StepError, redact
+from steps.registry.credentials import SECRET_VARIABLE, load_credentials
+from steps.registry.remote import Store, open_store
+from steps.registry.uris import ModelUri, check_unity_catalog_name
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger("steps.registry")
+
+GRANTS = "EXECUTE on the model, USE CATALOG and USE SCHEMA on its parents"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A connection to an MLflow registry.
+
+    Attributes:
+        client: the mlflow client.
+        tracking_uri, registry_uri: without credentials, fit to be written down.
+        credentials: their kind, see credentials.load_credentials.
+    """
+
+    client: MlflowClient
+    tracking_uri: str
+    registry_uri: str
+    credentials: str
+
+    @property
+    def is_unity_catalog(self) -> bool:
+        """Whether models have three-level names and their files need Unity Catalog's credentials."""
+        return self.registry_uri.startswith("databricks-uc")
+
+    def tag_key(self, key: str) -> str:
+        """`key` as this registry takes it: Unity Catalog allows none of `. , - = / :` in a tag's key.
+
+        Source: Databricks documentation, "Apply tags to Unity Catalog securable objects", Constraints.
+        """
+        return key.translate(str.maketrans(".,-=/:", "______")) if self.is_unity_catalog else key
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """One model version (or logged model) and where its files are.
+
+    Attributes:
+        uri: what was asked for.
+        name, version, alias, run_id, source: "" where the URI's form or the registry has none.
+        store: its remote folder.
+        tags: of the model version.
+    """
+
+    uri: ModelUri
+    name: str
+    version: str
+    alias: str
+    run_id: str
+    source: str
+    store: Store
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+def connect() -> Registry:
+    """Load the credentials and check that the registry answers.
+
+    The URIs come from MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, as everywhere in MLflow.
+
+    Raises:
+        StepError: no URI, no answer, or credentials that cannot be read.
+    """
+    credentials = load_credentials()
+    # mlflow's defaults (7 retries, doubling from 2 s) keep an expensive machine waiting for four minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not tracking:
+        raise StepError(
+            "MLFLOW_TRACKING_URI is not set in the job's environment.",
+            "Set mlflow.tracking_uri in the configuration (databricks, or the server's URL).",
+        )
+    registry = os.environ.get("MLFLOW_REGISTRY_URI") or tracking
+    _check_host(tracking)
+    if registry != tracking:
+        _check_host(registry)
+    import mlflow
+
+    if not tracking.startswith("arn:"):
+        logging.getLogger("mlflow.tracking.request_header.registry").addFilter(_no_plugin_noise)
+    client = mlflow.MlflowClient(tracking_uri=tracking, registry_uri=registry)
+    mlflow.set_tracking_uri(tracking)
+    mlflow.set_registry_uri(registry)
+    return Registry(client, redact(tracking), redact(registry), credentials)
+
+
+def resolve(registry: Registry, uri: ModelUri) -> ResolvedModel:
+    """Look the model up and open its folder.
+
+    Raises:
+        StepError: it does not exist, or may not be read.
+    """
+    client, alias = registry.client, uri.alias or ""
+    with explained(registry, f"ModelUri '{uri.text}'"):
+        if uri.run_id:
+            return _resolve_run(registry, uri)
+        if uri.model_id:
+            logged = client.get_logged_model(uri.model_id)
+            store = open_store(_opener(registry, f"models:/{uri.model_id}"), "", "logged-model")
+            return ResolvedModel(
+                uri, logged.name, "", "", logged.source_run_id or "", logged.artifact_location, store
+            )
+        name = uri.name or ""
+        if registry.is_unity_catalog:
+            check_unity_catalog_name(name)
+        if alias:
+            found = _by_alias(registry, uri)
+        else:
+            found = client.get_model_version(name, uri.version or "")
+        if found.status not in ("READY", None):
+            raise StepError(
+                f"ModelUri '{uri.text}' is version {found.version}, whose status is {found.status}.",
+                "Wait until it is READY, or register it again.",
+            )
+        version = str(found.version)
+        store = open_store(_opener(registry, f"models:/{name}/{version}"), "", "")
+        return ResolvedModel(
+            uri, name, version, alias, found.run_id or "", found.source or "", store, dict(found.tags or {})
+        )
+
+
+def _by_alias(registry: Registry, uri: ModelUri) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    name, alias = uri.name or "", uri.alias or ""
+    try:
+        return registry.client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        # "no such alias" is INVALID_PARAMETER_VALUE on a server and RESOURCE_DOES_NOT_EXIST in Unity Catalog
+        if _code(error)[0] not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+            raise
+    aliases = registry.client.get_registered_model(name).aliases  # raises when the model itself is missing
+    known = ", ".join(f"{key} (version {value})" for key, value in sorted(aliases.items())) or "none"
+    raise StepError(
+        f"ModelUri '{uri.text}': model '{name}' has no alias '{alias}'; it has {known}.",
+        f"Set it (set_registered_model_alias) in {registry.registry_uri}, or name a version.",
+    )
+
+
+def _resolve_run(registry: Registry, uri: ModelUri) -> ResolvedModel:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    run = registry.client.get_run(uri.run_id or "")
+    path = uri.path or ""
+    root = f"runs:/{uri.run_id}"
+    repository: Any = get_artifact_repository(root)
+    if any(entry.path == f"{path}/MLmodel" for entry in repository.repo.list_artifacts(path)):
+        return ResolvedModel(
+            uri,
+            "",
+            "",
+            "",
+            uri.run_id or "",
+            run.info.artifact_uri,
+            open_store(_opener(registry, root), path, "run"),
+        )
+    # MLflow 3 keeps a model beside the run, not in it: runs:/ID/NAME is the run's logged model of that name
+    models = registry.client.search_logged_models(
+        experiment_ids=[run.info.experiment_id], filter_string=f"name = '{path}'" if "'" not in path else None
+    )
+    for model in models:
+        if model.source_run_id == uri.run_id and model.name == path:
+            store = open_store(_opener(registry, f"models:/{model.model_id}"), "", "logged-model")
+            return ResolvedModel(uri, "", "", "", uri.run_id or "", model.artifact_location, store)
+    raise StepError(
+        f"ModelUri '{uri.text}': run {uri.run_id} has no model at '{path}'.",
+        "Look the run's models up in MLflow, or name a registered model (models:/NAME@ALIAS).",
+    )
+
+
+def _opener(registry: Registry, uri: str) -> Callable[[], Any]:
+    """Gives the repository that really holds the files of `uri`, with fresh credentials each time."""
+
+    def make() -> Any:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        with explained(registry, f"The files of '{uri}'"):
+            repository = get_artifact_repository(uri)
+            while True:  # models:/ -> Unity Catalog or a location -> possibly models:/m-… again
+                if hasattr(repository, "_get_artifact_repo"):
+                    repository = repository._get_artifact_repo()
+                elif hasattr(repository, "repo"):
+                    repository = repository.repo
+                else:
+                    return repository
+
+    return make
+
+
+@contextmanager
+def explained(registry: Registry, subject: str) -> Iterator[None]:
+    """Turn what the mlflow, Databricks and AWS clients raise into a StepError that names cause and remedy."""
+    try:
+        yield
+    except StepError:
+        raise
+    except Exception as error:
+        raise _explain(registry, subject, error) from None
+
+
+def _explain(registry: Registry, subject: str, error: Exception) -> StepError:
+    code, status = _code(error)
+    text = redact(" ".join(str(error).split())).rstrip(".")[:300]
+    where = registry.registry_uri
+    if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "NoSuchKey", "NoSuchBucket") or status == 404:
+        return StepError(
+            f"{subject} does not exist in {where}: {text}.", "Correct the name, version or alias."
+        )
+    if code in ("UNAUTHENTICATED", "ExpiredToken", "InvalidAccessKeyId") or status == 401:
+        return StepError(
+            f"{where} refused the credentials ({registry.credentials}) for {subject}: {text}.",
+            f"Renew the secret that {SECRET_VARIABLE} names; check DATABRICKS_HOST.",
+        )
+    if code in ("PERMISSION_DENIED", "AccessDenied") or status == 403:
+        return StepError(
+            f"{subject}: permission denied by {where}: {text}.",
+            f"Grant the job's principal {GRANTS}; `mla-pipeline doctor` says which is missing.",
+        )
+    if code == "REQUEST_LIMIT_EXCEEDED" or status == 429:
+        return StepError(
+            f"{where} limits the rate of requests (429) for {subject}.", "Start the step again later."
+        )
+    if status and status >= 500:
+        return StepError(
+            f"{where} failed with {status} for {subject}: {text}.", "Start the step again later."
+        )
+    if "auth" in text.lower() and ("default auth" in text or "oidc" in text or "credential" in text.lower()):
+        return StepError(
+            f"No credentials for {where} that work: {text}.",
+            f"Give the job {SECRET_VARIABLE}: a secret with client_id and client_secret, or token.",
+        )
+    return StepError(
+        f"{subject} in {where}: {type(error).__name__}: {text}.", "Check the URI and the registry."
+    )
+
+
+def _code(error: Exception) -> tuple[str, int]:
+    """The registry's error code and HTTP status, as far as the exception tells them."""
+    chain: BaseException | None = error
+    while chain is not None:
+        response = getattr(chain, "response", None)
+        if isinstance(response, dict):  # botocore
+            return str(response.get("Error", {}).get("Code", "")), 0
+        status = getattr(response, "status_code", 0) or 0
+        code = getattr(chain, "error_code", "") or ""
+        if code and code != "INTERNAL_ERROR":
+            return str(code), status
+        if status:
+            return str(code), int(status)
+        text = str(chain)
+        for number in (401, 403, 404, 429, 500, 502, 503, 504):
+            if f"error code {number}" in text or f"{number} error" in text or f"too many {number}" in text:
+                return "", number
+        chain = chain.__cause__ or chain.__context__
+    return "", 0
+
+
+def _check_host(uri: str) -> None:
+    """One request, so that a wrong address fails in seconds and by its name."""
+    if uri.startswith("arn:"):
+        try:
+            import sagemaker_mlflow  # noqa: F401
+        except ImportError:
+            raise StepError(
+                f"{uri} is a SageMaker managed MLflow server, and this image lacks its plug-in.",
+                "Build the job image with the package sagemaker-mlflow.",
+            ) from None
+        return
+    if uri.startswith("databricks"):
+        url = os.environ.get("DATABRICKS_HOST", "")
+        if not url and "://" not in uri:
+            raise StepError(
+                f"The registry is '{uri}', but DATABRICKS_HOST is not set.",
+                "Set mlflow.databricks_host in the configuration (https://<workspace>.cloud.databricks.com).",
+            )
+        if not url:
+            return  # a profile of ~/.databrickscfg names the host
+    elif uri.startswith(("http://", "https://")):
+        url = uri
+    else:
+        return  # a local store
+    if "://" not in url:
+        url = f"https://{url}"
+    try:
+        requests.get(url, timeout=(10, 30), allow_redirects=False, stream=True).close()
+    except requests.RequestException as error:
+        parts = urllib.parse.urlsplit(url)
+        raise StepError(
+            f"No answer from the MLflow registry at {parts.scheme}://{parts.hostname}"
+            f"{f':{parts.port}' if parts.port else ''} ({type(error).__name__}).",
+            "Check the address and the job's network: VPC, security group, proxy, certificate.",
+        ) from None
+
+
+def _no_plugin_noise(record: logging.LogRecord) -> bool:
+    """The sagemaker-mlflow plug-in complains at every request to a server whose URI is no ARN."""
+    return "list index out of range" not in record.getMessage()

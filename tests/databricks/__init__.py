@@ -1,0 +1,1 @@
+"""A Databricks workspace on loopback, and what the registry code does against it."""
