@@ -1,0 +1,101 @@
+"""The `auto` backend: measure the correct backends on the first call of each problem class, then use the fastest."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.arguments import Problem, check_arguments
+from kernels.backends import Backend, BackendError, available_backends
+from kernels.timing import best_seconds
+
+log = logging.getLogger(__name__)
+# A candidate must agree with the float32 torch form; a wrong kernel is off by orders of magnitude more than rounding.
+AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 1e-3}
+
+
+class AutoBackend:
+    """Picks among `available_backends(kernel_dir, device)` a problem class at a time (device, dtypes, sizes)."""
+
+    name = "auto"
+
+    def __init__(self, kernel_dir: Path | None = None) -> None:
+        self._kernel_dir = kernel_dir
+        self._backends: dict[str, dict[str, Backend]] = {}
+        self._chosen: dict[tuple[object, ...], Backend] = {}
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """None: the reference takes what no other backend takes."""
+        return None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the problem on its class's backend, choosing it first when the class is new."""
+        shape = q.shape
+        # Lengths stay on their device, so the table's width stands for them.
+        key = (q.device, q.dtype, k_cache.dtype, shape[0].bit_length(), shape[1:], head_dim_v, k_cache.shape[1],
+               block_table.shape[1].bit_length(), torch.get_num_threads())  # fmt: skip
+        backend = self._chosen.get(key)
+        arguments = (q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
+        if backend is None:
+            check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
+            backend = self._chosen[key] = self.choose(*arguments)
+        return backend(*arguments)
+
+    def choose(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> Backend:
+        """The fastest backend that runs this problem and agrees with the reference on it."""
+        problem = Problem.of(q, k_cache, head_dim_v, causal)
+        device = str(q.device)
+        if device not in self._backends:
+            self._backends[device] = available_backends(self._kernel_dir, q.device)
+        candidates = {
+            name: backend
+            for name, backend in self._backends[device].items()
+            if not backend.unsupported(problem)
+        }
+        reference = candidates.pop("reference")
+        if not candidates:
+            return reference
+        arguments = (q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
+        expected = reference(*arguments)[0].float()
+        correct: dict[str, Backend] = {}
+        for name, backend in candidates.items():
+            error = float(
+                (backend(*arguments)[0].float() - expected).norm() / expected.norm().clamp_min(1e-20)
+            )
+            if error <= AGREEMENT[q.dtype] * (4 if k_cache.dtype == torch.uint8 else 1):
+                correct[name] = backend
+            else:
+                log.warning(
+                    "backend %s differs from the reference by %.2e on %s, left out", name, error, problem
+                )
+        if not correct:
+            raise BackendError(f"no compiled backend agrees with the reference on {problem}")
+        if len(correct) == 1:
+            return next(iter(correct.values()))
+        seconds = {
+            name: best_seconds(lambda b=backend: b(*arguments), q.device) for name, backend in correct.items()
+        }
+        fastest = min(seconds, key=seconds.__getitem__)
+        log.info("backend %s is the fastest of %s on %s", fastest, seconds, problem)
+        return correct[fastest]

@@ -1,0 +1,198 @@
+"""Time backends side by side on the workloads' shapes, beside the torch baseline and the machine's read limit."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels.arguments import Problem
+from kernels.backends import Backend, available_backends, get_backend
+from kernels.reference import compiled_absorbed, mla_decode_absorbed
+from kernels.timing import Timing, interleaved, one_call_us
+from kernels.workloads import Case, Inputs, make_inputs, parse_workload
+
+BASELINES = ("torch", "torch.compile")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One backend on one case. The baseline is the faster of the torch forms, timed in the same rounds."""
+
+    backend: str
+    name: str
+    b: int
+    s_q: int
+    h_q: int
+    s_k: int
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    baseline: str
+    baseline_p50_us: float
+    speedup: float
+    gbps: float
+    tflops: float
+    fraction_of_limit: float
+
+
+def measure(
+    backends: Mapping[str, Backend],
+    cases: Sequence[Case],
+    *,
+    h_q: int,
+    kv_lora_rank: int = 512,
+    rope_dim: int = 64,
+    q_dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype = torch.bfloat16,
+    softmax_scale: float | None = None,
+    device: torch.device | str = "cpu",
+    seconds_per_case: float = 1.0,
+    limit_gbps: float | None = None,
+    compile_baseline: bool = False,
+    seed: int = 0,
+) -> list[Measurement]:
+    """Time `backends` and the baseline on every case, interleaved; one Measurement a backend and case.
+
+    `limit_gbps` is `read_limit_gbps(device)` when not given. `compile_baseline` also times torch.compile's form.
+    Backends that cannot run a case are left out of it.
+    """
+    device = torch.device(device)
+    limit = read_limit_gbps(device) if limit_gbps is None else limit_gbps
+    results = []
+    for case in cases:
+        inputs = make_inputs(
+            [case.s_k] * case.b, s_q=case.s_q, h_q=h_q, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, q_dtype=q_dtype,
+            kv_dtype=kv_dtype, causal=case.s_q > 1, softmax_scale=softmax_scale, device=device, seed=seed,
+        )  # fmt: skip
+        problem = Problem.of(inputs.q, inputs.k_cache, inputs.head_dim_v, inputs.causal)
+        calls: dict[str, Callable[[], object]] = {
+            name: _bind(backend, inputs)
+            for name, backend in backends.items()
+            if backend.unsupported(problem) is None
+        }
+        able = list(calls)
+        calls["torch"] = _bind(mla_decode_absorbed, inputs)
+        if compile_baseline:
+            calls["torch.compile"] = _bind(compiled_absorbed(), inputs)
+        timings = interleaved(calls, device, seconds=seconds_per_case)
+        baseline = min((name for name in BASELINES if name in timings), key=lambda name: timings[name].p50_us)
+        for name in able:
+            results.append(
+                _measurement(name, case, inputs, timings[name], baseline, timings[baseline].p50_us, limit)
+            )
+    return results
+
+
+def _bind(call: Callable[..., object], inputs: Inputs) -> Callable[[], object]:
+    arguments = inputs.arguments()
+    return lambda: call(*arguments)
+
+
+def _measurement(
+    backend: str, case: Case, inputs: Inputs, timing: Timing, baseline: str, baseline_us: float, limit: float
+) -> Measurement:
+    seconds = timing.p50_us / 1e6
+    q, cache = inputs.q, inputs.k_cache
+    token_bytes = cache.shape[-1] * cache.element_size()
+    out_values = q.shape[0] * q.shape[1] * q.shape[2] * inputs.head_dim_v
+    moved = case.b * case.s_k * token_bytes + (q.numel() + out_values) * q.element_size()
+    operations = 2 * case.b * case.s_q * q.shape[2] * case.s_k * (q.shape[3] + inputs.head_dim_v)
+    gbps = moved / seconds / 1e9
+    return Measurement(
+        backend, case.name, case.b, case.s_q, q.shape[2], case.s_k, timing.p50_us, timing.p90_us, timing.p99_us, baseline,
+        baseline_us, baseline_us / timing.p50_us, gbps, operations / seconds / 1e12, gbps / limit,
+    )  # fmt: skip
+
+
+def read_limit_gbps(device: torch.device | str = "cpu", megabytes: int = 256) -> float:
+    """Gigabytes a second at which this device sums a tensor far larger than its caches, best of 7."""
+    device = torch.device(device)
+    tensor = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
+    best = min(one_call_us(tensor.sum, device) for _ in range(7))
+    return tensor.numel() * 4 / best / 1e3
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp of the mean logarithm; NaN of nothing."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def table(measurements: Sequence[Measurement]) -> str:
+    """A Markdown table, and the geometric mean of the speed-ups of each backend."""
+    lines = ["| backend | case | h_q | p50 us | p90 us | baseline us | speed-up | GB/s | of limit | GFLOP/s |",
+             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for m in measurements:
+        lines.append(
+            f"| {m.backend} | {m.name} | {m.h_q} | {m.p50_us:.1f} | {m.p90_us:.1f} | {m.baseline_p50_us:.1f} ({m.baseline})"
+            f" | {m.speedup:.2f} | {m.gbps:.1f} | {m.fraction_of_limit:.0%} | {m.tflops * 1e3:.0f} |"
+        )
+    for backend in dict.fromkeys(m.backend for m in measurements):
+        speedups = [m.speedup for m in measurements if m.backend == backend]
+        lines.append(
+            f"\n{backend}: geometric mean {geometric_mean(speedups):.2f}x, least {min(speedups):.2f}x the baseline"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m kernels.bench [--workload interactive] [--heads 4,16,128] [--out FILE]`."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser.add_argument("--workload", default="interactive", help="preset or batch x length [x queries], ...")
+    parser.add_argument("--heads", default="4,16,64,128", help="query heads, comma separated")
+    parser.add_argument(
+        "--backends", default="", help="names, comma separated; default: all that can be had here"
+    )
+    parser.add_argument("--kernel-dir", type=Path, help="kernel artifact; default: build into the cache")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--kv-dtype", choices=["bfloat16", "float16", "float32", "fp8_ds_mla"], help="default: --dtype"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case")
+    parser.add_argument("--threads", type=int, help="torch threads, which the cpu target uses too")
+    parser.add_argument(
+        "--compile", action="store_true", help="time torch.compile's form of the baseline too"
+    )
+    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    try:
+        cases = parse_workload(options.workload)
+    except ValueError as error:
+        parser.error(str(error))
+    names = [name for name in options.backends.split(",") if name]
+    if names:
+        backends = {name: get_backend(name, options.kernel_dir) for name in names}
+    else:
+        backends = available_backends(options.kernel_dir, device)
+        backends.pop("reference")
+    kv_name = options.kv_dtype or options.dtype
+    kv_dtype = torch.uint8 if kv_name == "fp8_ds_mla" else getattr(torch, kv_name)
+    limit = read_limit_gbps(device)
+    results: list[Measurement] = []
+    for h_q in map(int, options.heads.split(",")):
+        results += measure(
+            backends, cases, h_q=h_q, q_dtype=getattr(torch, options.dtype), kv_dtype=kv_dtype, device=device,
+            seconds_per_case=options.seconds, limit_gbps=limit, compile_baseline=options.compile,
+        )  # fmt: skip
+    print(f"{device}, {torch.get_num_threads()} threads, read limit {limit:.1f} GB/s\n")
+    print(table(results))
+    if options.out:
+        report = {"device": str(device), "threads": torch.get_num_threads(), "limit_gbps": limit,
+                  "measurements": [dataclasses.asdict(m) for m in results]}  # fmt: skip
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+#include "cpu/dispatch.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "mla_decode.h"
+
+namespace mla {
+
+const Kernel& portable_kernel();
+#if defined(__x86_64__)
+const Kernel& avx2_kernel();
+const Kernel& avx512_kernel();
+const Kernel& avx512bf16_kernel();
+#endif
+
+namespace {
+
+// MLA_CPU_ISA (portable, avx2, avx512, avx512bf16) caps the choice, for tests and for comparing code paths.
+int level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  int best = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 1;
+  if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    best = 2;
+  if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
+  const char* names[] = {"portable", "avx2", "avx512", "avx512bf16"};
+  const char* wanted = getenv("MLA_CPU_ISA");
+  for (int i = 0; wanted != nullptr && i < best; ++i)
+    if (strcmp(wanted, names[i]) == 0) return i;
+  return best;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+const Kernel& best_kernel(int q_dtype, int kv_dtype) {
+  static const int best = level();
+#if defined(__x86_64__)
+  // The bf16 dot product rounds nothing only if both operands are bf16 already.
+  if (best >= 3 && q_dtype == MLA_DTYPE_BFLOAT16 && kv_dtype == MLA_DTYPE_BFLOAT16) return avx512bf16_kernel();
+  if (best >= 2) return avx512_kernel();
+  if (best >= 1) return avx2_kernel();
+#else
+  (void)q_dtype;
+  (void)kv_dtype;
+#endif
+  return portable_kernel();
+}
+
+}  // namespace mla

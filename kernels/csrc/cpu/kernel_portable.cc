@@ -1,0 +1,10 @@
+#include "cpu/float_ops.h"
+
+namespace mla {
+
+const Kernel& portable_kernel() {
+  static const Kernel kernel = make_float_kernel("portable");
+  return kernel;
+}
+
+}  // namespace mla

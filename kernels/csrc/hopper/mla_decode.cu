@@ -1,0 +1,306 @@
+// The C ABI (mla_decode.h) on top of the Hopper kernel: checks, tensor map, workspace layout, launch.
+#include "mla_decode.h"
+
+#include <cuda_runtime.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+
+#include "decode.cuh"
+
+namespace {
+
+using namespace mla_hopper;
+
+// Priorities of cache lines in L2, as the copy engine takes them (values of createpolicy.fractional).
+constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
+constexpr int kDefaultCtas = 132;
+constexpr uint64_t kCounterBytes = 2 * kMaxCtas * sizeof(uint32_t);
+
+class Failure {
+ public:
+  Failure(char* text, size_t bytes) : text_(text), bytes_(bytes) {}
+  int32_t operator()(int32_t status, const char* format, ...) const __attribute__((format(printf, 3, 4))) {
+    if (text_ != nullptr && bytes_ > 0) {
+      va_list arguments;
+      va_start(arguments, format);
+      vsnprintf(text_, bytes_, format, arguments);
+      va_end(arguments);
+    }
+    return status;
+  }
+
+ private:
+  char* text_;
+  size_t bytes_;
+};
+
+struct Device {
+  int index = -1;
+  int ctas = kDefaultCtas;
+  int major = 0, minor = 0;
+  cudaError_t error = cudaSuccess;
+};
+
+// The current device; attributes are asked once for each device.
+Device current_device() {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  Device device;
+  device.error = cudaGetDevice(&device.index);
+  if (device.error != cudaSuccess || device.index >= kDevices) return device;
+  Device& cached = known[device.index];
+  if (cached.index < 0) {
+    cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, device.index);
+    cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, device.index);
+    device.error = cudaDeviceGetAttribute(&device.ctas, cudaDevAttrMultiProcessorCount, device.index);
+    if (device.error != cudaSuccess) return device;
+    device.ctas = std::min(device.ctas, kMaxCtas);
+    cached = device;
+  }
+  return cached;
+}
+
+int row_groups(const mla_decode_params& p) { return (std::min(p.s_q * p.h_q, kTileRows) + 15) / 16; }
+int query_tiles(const mla_decode_params& p) { return (p.s_q * p.h_q + kTileRows - 1) / kTileRows; }
+
+uint64_t align(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+uint64_t stats_bytes(int ctas) { return align(uint64_t(ctas) * 2 * 64 * sizeof(float2)); }
+uint64_t partial_bytes(int ctas, int groups) { return uint64_t(ctas) * 2 * groups * (2 * 32 * 32 * sizeof(float4)); }
+
+const char* dtype_name(int32_t dtype) {
+  switch (dtype) {
+    case MLA_DTYPE_FLOAT32: return "float32";
+    case MLA_DTYPE_BFLOAT16: return "bfloat16";
+    case MLA_DTYPE_FLOAT16: return "float16";
+    case MLA_DTYPE_FP8_DS_MLA: return "fp8_ds_mla";
+    default: return "unknown";
+  }
+}
+
+bool misaligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; }
+
+int32_t check(const mla_decode_params& p, const Device& device, const Failure& fail) {
+  if (p.batch < 0 || p.s_q < 1 || p.h_q < 1 || p.num_blocks < 0 || p.max_blocks_per_seq < 0) {
+    return fail(MLA_ERROR_INVALID_ARGUMENT,
+                "sizes must be positive: batch=%d, s_q=%d, h_q=%d, num_blocks=%d, max_blocks_per_seq=%d", p.batch, p.s_q,
+                p.h_q, p.num_blocks, p.max_blocks_per_seq);
+  }
+  if (p.kv_lora_rank != kLatent || p.rope_dim != kRope) {
+    return fail(MLA_ERROR_UNSUPPORTED, "kv_lora_rank=%d and rope_dim=%d: the hopper target takes 512 and 64 only",
+                p.kv_lora_rank, p.rope_dim);
+  }
+  if (p.page_size != kTileTokens) {
+    return fail(MLA_ERROR_UNSUPPORTED, "page_size=%d: the hopper target takes 64 only", p.page_size);
+  }
+  if (p.q_dtype != MLA_DTYPE_BFLOAT16 && p.q_dtype != MLA_DTYPE_FLOAT16) {
+    return fail(MLA_ERROR_UNSUPPORTED, "q_dtype is %s (%d): the hopper target takes bfloat16 and float16",
+                dtype_name(p.q_dtype), p.q_dtype);
+  }
+  if (p.kv_dtype != p.q_dtype) {
+    return fail(MLA_ERROR_UNSUPPORTED, "kv_dtype is %s (%d) and q_dtype %s (%d): the hopper target needs them equal",
+                dtype_name(p.kv_dtype), p.kv_dtype, dtype_name(p.q_dtype), p.q_dtype);
+  }
+  if (p.num_splits != 0) {
+    return fail(MLA_ERROR_UNSUPPORTED, "num_splits=%d: the hopper target chooses the splits itself, pass 0", p.num_splits);
+  }
+  if (device.error != cudaSuccess) {
+    return fail(MLA_ERROR_RUNTIME, "no CUDA device: %s", cudaGetErrorString(device.error));
+  }
+  if (device.major != 9 || device.minor != 0) {
+    return fail(MLA_ERROR_UNSUPPORTED,
+                "device %d has compute capability %d.%d; this library is built for 9.0 (H100, H200, GH200)", device.index,
+                device.major, device.minor);
+  }
+  if (query_tiles(p) > device.ctas) {
+    return fail(MLA_ERROR_UNSUPPORTED, "s_q * h_q = %d * %d is more than the %d query rows one launch can hold", p.s_q,
+                p.h_q, device.ctas * kTileRows);
+  }
+  struct {
+    const char* name;
+    const void* pointer;
+    uintptr_t bytes;
+  } const pointers[] = {{"q", p.q, 16},
+                        {"kv_cache", p.kv_cache, 16},
+                        {"block_table", p.block_table, 4},
+                        {"cache_seqlens", p.cache_seqlens, 4},
+                        {"out", p.out, 16},
+                        {"lse", p.lse, 4},
+                        {"workspace", p.workspace, 256}};
+  for (const auto& item : pointers) {
+    if (item.pointer == nullptr) return fail(MLA_ERROR_INVALID_ARGUMENT, "%s is null", item.name);
+    if (misaligned(item.pointer, item.bytes)) {
+      return fail(MLA_ERROR_INVALID_ARGUMENT, "%s=%p is not aligned to %d bytes", item.name, item.pointer, int(item.bytes));
+    }
+  }
+  struct {
+    const char* name;
+    int64_t value;
+    int64_t least;
+  } const strides[] = {{"q_stride_batch", p.q_stride_batch, 0},
+                       {"q_stride_seq", p.q_stride_seq, 0},
+                       {"q_stride_head", p.q_stride_head, 0},
+                       {"kv_stride_token", p.kv_stride_token, kDim},
+                       {"kv_stride_block", p.kv_stride_block, 0},
+                       {"out_stride_batch", p.out_stride_batch, 0},
+                       {"out_stride_seq", p.out_stride_seq, 0},
+                       {"out_stride_head", p.out_stride_head, 0}};
+  for (const auto& item : strides) {
+    if (item.value < item.least || item.value % 8 != 0) {
+      return fail(MLA_ERROR_INVALID_ARGUMENT, "%s=%lld elements must be at least %lld and a multiple of 8 (16 bytes)",
+                  item.name, static_cast<long long>(item.value), static_cast<long long>(item.least));
+    }
+  }
+  const uint64_t needed = mla_decode_workspace_bytes(&p);
+  if (p.workspace_bytes < needed) {
+    return fail(MLA_ERROR_INVALID_ARGUMENT, "workspace_bytes=%llu is less than the %llu this shape needs",
+                static_cast<unsigned long long>(p.workspace_bytes), static_cast<unsigned long long>(needed));
+  }
+  return MLA_OK;
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, found at run time so that the library links against no driver.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) !=
+            cudaSuccess ||
+        found != cudaDriverEntryPointSuccess) {
+      pointer = nullptr;
+    }
+    return reinterpret_cast<EncodeTiled>(pointer);
+  }();
+  return function;
+}
+
+int32_t make_cache_map(const mla_decode_params& p, CUtensorMap* map, const Failure& fail) {
+  const EncodeTiled encode = encode_tiled();
+  if (encode == nullptr) {
+    return fail(MLA_ERROR_RUNTIME, "the CUDA driver has no cuTensorMapEncodeTiled; it is older than 12.0");
+  }
+  const CUtensorMapDataType type =
+      p.kv_dtype == MLA_DTYPE_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  // A pool of one block has no block stride to speak of, and zero blocks is never read: keep the map valid.
+  const cuuint64_t token_bytes = p.kv_stride_token * 2;
+  const cuuint64_t block_bytes = std::max<cuuint64_t>(p.kv_stride_block * 2, 16);
+  const cuuint64_t size[3] = {kDim, kTileTokens, static_cast<cuuint64_t>(std::max(p.num_blocks, 1))};
+  const cuuint64_t stride[2] = {token_bytes, block_bytes};
+  const cuuint32_t box[3] = {kColumns, kTileTokens, 1};
+  const cuuint32_t step[3] = {1, 1, 1};
+  const CUresult result =
+      encode(map, type, 3, const_cast<void*>(p.kv_cache), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    return fail(MLA_ERROR_INVALID_ARGUMENT,
+                "kv_cache=%p with kv_stride_block=%lld, kv_stride_token=%lld, num_blocks=%d: the driver refuses a tensor "
+                "map (CUresult %d)",
+                p.kv_cache, static_cast<long long>(p.kv_stride_block), static_cast<long long>(p.kv_stride_token),
+                p.num_blocks, static_cast<int>(result));
+  }
+  return MLA_OK;
+}
+
+// The fewest tiles worth a CTA of their own, measured (NOTES_hopper.md): merging costs time that grows with the rows.
+int least_tiles(const mla_decode_params& p) {
+#ifdef MLA_HOPPER_TUNING
+  if (const char* text = getenv("MLA_HOPPER_MIN_TILES")) return atoi(text);
+#endif
+  return 1;
+}
+
+Params kernel_params(const mla_decode_params& p, int ctas) {
+  Params k = {};
+  k.batch = p.batch;
+  k.s_q = p.s_q;
+  k.h_q = p.h_q;
+  k.rows = p.s_q * p.h_q;
+  k.m_tiles = query_tiles(p);
+  k.groups = ctas / k.m_tiles;
+  k.min_tiles = least_tiles(p);
+  k.row_groups = row_groups(p);
+  k.causal = p.causal;
+  k.max_length = static_cast<int>(std::min<int64_t>(int64_t(p.max_blocks_per_seq) * kTileTokens, 1 << 30));
+  k.scale_log2 = static_cast<float>(double(p.softmax_scale) * 1.4426950408889634);
+  k.cache_policy = k.m_tiles == 1 ? kEvictFirst : kEvictNormal;
+  k.q = p.q;
+  k.q_stride_batch = p.q_stride_batch;
+  k.q_stride_seq = p.q_stride_seq;
+  k.q_stride_head = p.q_stride_head;
+  k.block_table = p.block_table;
+  k.block_table_stride = p.block_table_stride;
+  k.lengths = p.cache_seqlens;
+  k.out = p.out;
+  k.out_stride_batch = p.out_stride_batch;
+  k.out_stride_seq = p.out_stride_seq;
+  k.out_stride_head = p.out_stride_head;
+  k.lse = p.lse;
+  char* workspace = static_cast<char*>(p.workspace);
+  k.arrived = reinterpret_cast<uint32_t*>(workspace);
+  k.finished = k.arrived + kMaxCtas;
+  k.stats = reinterpret_cast<float2*>(workspace + kCounterBytes);
+  k.partial = reinterpret_cast<float4*>(workspace + kCounterBytes + stats_bytes(ctas));
+  return k;
+}
+
+}  // namespace
+
+uint32_t mla_decode_abi_version(void) { return MLA_DECODE_ABI_VERSION; }
+
+const char* mla_decode_target(void) { return "hopper"; }
+
+uint64_t mla_decode_workspace_bytes(const mla_decode_params* params) {
+  if (params == nullptr || params->struct_bytes != sizeof(mla_decode_params)) return 0;
+  const int ctas = current_device().ctas;
+  return kCounterBytes + stats_bytes(ctas) + partial_bytes(ctas, row_groups(*params));
+}
+
+int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t error_bytes) {
+  const Failure fail(error, error_bytes);
+  if (params == nullptr) return fail(MLA_ERROR_INVALID_ARGUMENT, "params is null");
+  if (params->struct_bytes != sizeof(mla_decode_params)) {
+    return fail(MLA_ERROR_INVALID_ARGUMENT, "params->struct_bytes=%u, the library's mla_decode_params has %u",
+                params->struct_bytes, static_cast<unsigned>(sizeof(mla_decode_params)));
+  }
+  const mla_decode_params& p = *params;
+  if (p.batch == 0) return MLA_OK;
+  const Device device = current_device();
+  int32_t status = check(p, device, fail);
+  if (status != MLA_OK) return status;
+  CUtensorMap map;
+  status = make_cache_map(p, &map, fail);
+  if (status != MLA_OK) return status;
+
+  const Params kernel = kernel_params(p, device.ctas);
+  void (*function)(const Params, const CUtensorMap) =
+      p.q_dtype == MLA_DTYPE_BFLOAT16 ? mla_decode_kernel<__nv_bfloat16> : mla_decode_kernel<__half>;
+  cudaError_t result = cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedRequest);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(device.ctas);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedRequest;
+  config.stream = static_cast<cudaStream_t>(p.stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+#ifdef MLA_HOPPER_TUNING
+  if (getenv("MLA_HOPPER_PLAIN_LAUNCH")) config.numAttrs = 0;
+#endif
+  if (result == cudaSuccess) result = cudaLaunchKernelEx(&config, function, kernel, map);
+  if (result != cudaSuccess) {
+    cudaGetLastError();
+    return fail(MLA_ERROR_RUNTIME, "launch of %d CTAs with %d bytes of shared memory each failed: %s", device.ctas,
+                kSharedRequest, cudaGetErrorString(result));
+  }
+  return MLA_OK;
+}

@@ -1,0 +1,47 @@
+"""`torch.ops.mla.decode`: the operator as a torch.library custom op, so that torch.compile and export can hold it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import flash_mla_with_kvcache
+
+
+@torch.library.custom_op("mla::decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`kernels.flash_mla_with_kvcache` on the backend of that name; shapes, dtypes and errors as there."""
+    return flash_mla_with_kvcache(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        backend=backend,
+    )
+
+
+@decode.register_fake
+def _(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    b, s_q, h_q, _ = q.shape
+    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)

@@ -1,0 +1,207 @@
+"""Load and verify what `kernels.build` wrote: one compiled target (KernelPackage) or a folder of them (KernelIndex)."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ABI_VERSION = 1
+SCHEMA_VERSION = 1
+LIBRARY = "libmla_decode.so"
+MANIFEST = "manifest.json"
+LOG = "compiler.log"
+INDEX = "index.json"
+
+
+class KernelPackageError(ValueError):
+    """A kernel package is missing, damaged, or made for another interface, target or machine."""
+
+
+class DecodeParams(ctypes.Structure):
+    """`mla_decode_params` of csrc/mla_decode.h; the library refuses another size."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("struct_bytes",)),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "q_dtype",
+                "kv_dtype",
+                "batch",
+                "s_q",
+                "h_q",
+                "kv_lora_rank",
+                "rope_dim",
+                "num_blocks",
+                "page_size",
+                "max_blocks_per_seq",
+                "causal",
+            )
+        ),
+        ("softmax_scale", ctypes.c_float),
+        ("num_splits", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("q", ctypes.c_void_p),
+        ("q_stride_batch", ctypes.c_int64),
+        ("q_stride_seq", ctypes.c_int64),
+        ("q_stride_head", ctypes.c_int64),
+        ("kv_cache", ctypes.c_void_p),
+        ("kv_stride_block", ctypes.c_int64),
+        ("kv_stride_token", ctypes.c_int64),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("cache_seqlens", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride_batch", ctypes.c_int64),
+        ("out_stride_seq", ctypes.c_int64),
+        ("out_stride_head", ctypes.c_int64),
+        ("lse", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_uint64),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; KernelPackageError when it is missing or is none."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise KernelPackageError(
+            f"{path} is missing; build the kernel again (python -m kernels.build)"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise KernelPackageError(f"{path} is not JSON ({error}); build the kernel again") from None
+    if not isinstance(value, dict):
+        raise KernelPackageError(
+            f"{path} holds {type(value).__name__}, not an object; build the kernel again"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class KernelPackage:
+    """A verified compiled target: `folder` with the library, its manifest and the compiler's output."""
+
+    folder: Path
+    target: str
+    sha256: str
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path | str) -> KernelPackage:
+        """Read and verify `folder`; opens no library. Raises KernelPackageError naming what differs."""
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST)
+        missing = {"abi_version", "target", "sha256", "bytes", "machine"} - manifest.keys()
+        if missing:
+            raise KernelPackageError(
+                f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; build the kernel again"
+            )
+        if manifest["abi_version"] != ABI_VERSION:
+            raise KernelPackageError(
+                f"kernel package {folder} has ABI version {manifest['abi_version']}, this code speaks {ABI_VERSION}; "
+                "build the kernel again with this version of the code"
+            )
+        if manifest["machine"] != platform.machine():
+            raise KernelPackageError(
+                f"kernel package {folder} was compiled for {manifest['machine']}, this machine is "
+                f"{platform.machine()}; build the kernel on this kind of machine"
+            )
+        library = folder / LIBRARY
+        if not library.is_file():
+            raise KernelPackageError(
+                f"{library} is missing; build the kernel again (python -m kernels.build)"
+            )
+        size, sha = library.stat().st_size, file_sha256(library)
+        if size != manifest["bytes"] or sha != manifest["sha256"]:
+            raise KernelPackageError(
+                f"{library} is damaged: manifest says {manifest['bytes']} bytes, sha256 {manifest['sha256']}; "
+                f"found {size} bytes, sha256 {sha}; copy or build it again"
+            )
+        return cls(folder, manifest["target"], sha, manifest)
+
+    def open(self) -> ctypes.CDLL:
+        """The library with argument types set. Raises KernelPackageError when the file is not what it claims."""
+        path = self.folder / LIBRARY
+        try:
+            library = ctypes.CDLL(str(path.resolve()))
+            library.mla_decode_abi_version.restype = ctypes.c_uint32
+            library.mla_decode_target.restype = ctypes.c_char_p
+            library.mla_decode_workspace_bytes.argtypes = [ctypes.c_void_p]
+            library.mla_decode_workspace_bytes.restype = ctypes.c_uint64
+            library.mla_decode_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+            library.mla_decode_run.restype = ctypes.c_int32
+        except (OSError, AttributeError) as error:
+            raise KernelPackageError(
+                f"{path} cannot be loaded: {error}; build the kernel on this machine"
+            ) from None
+        version, target = library.mla_decode_abi_version(), library.mla_decode_target().decode()
+        if version != ABI_VERSION:
+            raise KernelPackageError(
+                f"{path} speaks ABI version {version}, this code {ABI_VERSION}; build it again"
+            )
+        if target != self.target:
+            raise KernelPackageError(
+                f"{path} is target {target!r}, its manifest says {self.target!r}; build it again"
+            )
+        return library
+
+
+@dataclass(frozen=True)
+class KernelIndex:
+    """A kernel artifact: the packages built together, and why the others were not."""
+
+    folder: Path
+    requested: str
+    packages: Mapping[str, KernelPackage]
+    skipped: Mapping[str, str]
+    sha256: str
+
+    @classmethod
+    def load(cls, folder: Path | str) -> KernelIndex:
+        """Read and verify `folder`/index.json and every package in it."""
+        folder = Path(folder)
+        index = read_json(folder / INDEX)
+        if index.get("schema_version") != SCHEMA_VERSION:
+            raise KernelPackageError(
+                f"{folder / INDEX} has schema_version {index.get('schema_version')}, this code reads {SCHEMA_VERSION}"
+            )
+        packages = {}
+        for target, entry in index.get("packages", {}).items():
+            package = KernelPackage.load(folder / target)
+            if package.target != target:
+                raise KernelPackageError(
+                    f"{folder / target} holds target {package.target!r}, expected {target!r}"
+                )
+            if package.sha256 != entry.get("sha256"):
+                raise KernelPackageError(
+                    f"{folder / target} has sha256 {package.sha256}, {INDEX} says {entry.get('sha256')}; "
+                    "the artifact was mixed from two builds, build it again"
+                )
+            packages[target] = package
+        expected = combined_sha256({name: package.sha256 for name, package in packages.items()})
+        if index.get("sha256") != expected:
+            raise KernelPackageError(
+                f"{folder / INDEX} has sha256 {index.get('sha256')}, its packages give {expected}"
+            )
+        return cls(folder, index.get("requested", ""), packages, dict(index.get("skipped", {})), expected)
+
+
+def combined_sha256(hashes: Mapping[str, str]) -> str:
+    """One hash over the targets' hashes, independent of their order."""
+    text = "".join(f"{target} {sha}\n" for target, sha in sorted(hashes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,158 @@
+"""The MLA decode operator written in torch: its definition, and the fastest form that torch alone gives.
+
+`mla_decode_reference` is the definition in float64, one query row at a time; every backend is compared with it.
+`mla_decode_absorbed` is the baseline a user without this package would write: gather the pages, two batched matrix
+products around a softmax (the absorbed form of DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FP8_TOKEN_BYTES = 656
+FP8_LATENT = 512
+FP8_SCALE_GROUP = 128
+
+
+def dequantize_fp8_ds_mla(cache: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unpack an fp8_ds_mla cache, uint8 [..., 656], to `dtype` [..., 576].
+
+    A token holds 512 e4m3 latents, 4 float32 scales (one for each 128 latents) and 64 bfloat16 rope values; this is
+    FlashMLA's layout. Raises ValueError on any other dtype or token size.
+    """
+    if cache.dtype != torch.uint8 or cache.shape[-1] != FP8_TOKEN_BYTES:
+        raise ValueError(
+            f"an fp8_ds_mla cache is uint8 [..., {FP8_TOKEN_BYTES}], got {cache.dtype} {list(cache.shape)}"
+        )
+    cache = cache.contiguous()
+    groups = FP8_LATENT // FP8_SCALE_GROUP
+    latent = cache[..., :FP8_LATENT].contiguous().view(torch.float8_e4m3fn).to(dtype)
+    scales = cache[..., FP8_LATENT : FP8_LATENT + 4 * groups].contiguous().view(torch.float32).to(dtype)
+    rope = cache[..., FP8_LATENT + 4 * groups :].contiguous().view(torch.bfloat16).to(dtype)
+    latent = latent.unflatten(-1, (groups, FP8_SCALE_GROUP)) * scales.unsqueeze(-1)
+    return torch.cat([latent.flatten(-2), rope], dim=-1)
+
+
+def quantize_fp8_ds_mla(cache: Tensor) -> Tensor:
+    """Pack a cache [..., 576] into fp8_ds_mla, uint8 [..., 656]: scale = largest magnitude of a group / 448."""
+    if cache.shape[-1] != FP8_LATENT + 64:
+        raise ValueError(f"fp8_ds_mla needs {FP8_LATENT + 64} values a token, got {cache.shape[-1]}")
+    latent = cache[..., :FP8_LATENT].float().unflatten(-1, (-1, FP8_SCALE_GROUP))
+    scales = latent.abs().amax(-1).div(448.0).clamp_min(1e-12)
+    codes = (latent / scales.unsqueeze(-1)).flatten(-2).to(torch.float8_e4m3fn)
+    rope = cache[..., FP8_LATENT:].to(torch.bfloat16).contiguous()
+    return torch.cat(
+        [codes.view(torch.uint8), scales.contiguous().view(torch.uint8), rope.view(torch.uint8)], dim=-1
+    ).contiguous()
+
+
+def visible_tokens(cache_seqlens: Tensor, s_q: int, causal: bool) -> Tensor:
+    """Number of cache tokens that each query sees, int64 [b, s_q]; negative values are clamped to 0."""
+    lengths = cache_seqlens.to(torch.int64)[:, None].expand(-1, s_q)
+    if causal:
+        lengths = lengths - s_q + 1 + torch.arange(s_q, device=cache_seqlens.device)
+    return lengths.clamp_min(0)
+
+
+def gather_tokens(k_cache: Tensor, block_table_row: Tensor, count: int) -> Tensor:
+    """The first `count` tokens of one batch row, [count, width], unpacked when the cache is fp8_ds_mla."""
+    page_size = k_cache.shape[1]
+    pages = k_cache[block_table_row[: (count + page_size - 1) // page_size].long(), :, 0]
+    tokens = pages.flatten(0, 1)[:count]
+    return dequantize_fp8_ds_mla(tokens) if k_cache.dtype == torch.uint8 else tokens
+
+
+def mla_decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The operator's definition, in float64.
+
+    q [b, s_q, h_q, width], k_cache [num_blocks, page_size, 1, width] (or uint8 [..., 656]), block_table int32
+    [b, max_blocks], cache_seqlens int32 [b], width = head_dim_v + rope. Returns out [b, s_q, h_q, head_dim_v] and
+    lse [b, h_q, s_q], both float64, on q's device. A query that sees no token gives out 0 and lse +inf.
+    """
+    b, s_q, h_q, width = q.shape
+    scale = width**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros(b, s_q, h_q, head_dim_v, dtype=torch.float64, device=q.device)
+    lse = torch.full((b, h_q, s_q), float("inf"), dtype=torch.float64, device=q.device)
+    counts = visible_tokens(cache_seqlens, s_q, causal).tolist()
+    for row in range(b):
+        for i in range(s_q):
+            n = counts[row][i]
+            if n == 0:
+                continue
+            tokens = gather_tokens(k_cache, block_table[row], n).double()
+            scores = (q[row, i].double() @ tokens.T) * scale
+            lse[row, :, i] = torch.logsumexp(scores, dim=-1)
+            out[row, i] = torch.softmax(scores, dim=-1) @ tokens[:, :head_dim_v]
+    return out, lse
+
+
+def mla_decode_absorbed(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator as two batched matrix products in `compute_dtype` (default: the cache's, so the fastest).
+
+    Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one and
+    masked; pages that no row uses are never read. With a 16-bit `compute_dtype` torch rounds the scores to 16 bits:
+    that is the baseline's speed and its error; `compute_dtype=torch.float32` is accurate.
+    """
+    b, s_q, h_q, width = q.shape
+    scale = width**-0.5 if softmax_scale is None else softmax_scale
+    page_size = k_cache.shape[1]
+    longest = int(cache_seqlens.max()) if b else 0
+    if longest <= 0:
+        return (
+            torch.zeros(b, s_q, h_q, head_dim_v, dtype=q.dtype, device=q.device),
+            torch.full((b, h_q, s_q), float("inf"), device=q.device),
+        )
+    used = (longest + page_size - 1) // page_size
+    counts = visible_tokens(cache_seqlens, s_q, causal)  # [b, s_q]
+    uniform = int(counts.min()) == longest
+    pages = (cache_seqlens + page_size - 1) // page_size
+    inside = torch.arange(used, device=q.device) < pages[:, None]
+    table = block_table[:, :used] if uniform else block_table[:, :used].where(inside, 0)
+    keys = k_cache[table.long(), :, 0].flatten(1, 2)[:, :longest]
+    if k_cache.dtype == torch.uint8:
+        keys = dequantize_fp8_ds_mla(keys, compute_dtype or q.dtype)
+    keys = keys.to(compute_dtype or keys.dtype)
+    if not uniform:  # memory past a row's length may hold NaN, and 0 * NaN is NaN
+        stale = torch.arange(longest, device=q.device)[None] >= cache_seqlens[:, None]
+        keys = keys.masked_fill(stale[..., None], 0)
+    scores = torch.bmm(q.reshape(b, s_q * h_q, width).to(keys.dtype), keys.transpose(1, 2)).float() * scale
+    if not uniform:
+        hidden = torch.arange(longest, device=q.device) >= counts.repeat_interleave(h_q, 1)[..., None]
+        scores = scores.masked_fill(hidden, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None]).to(keys.dtype)
+    out = torch.bmm(weights, keys[..., :head_dim_v]).to(q.dtype).view(b, s_q, h_q, head_dim_v)
+    lse = lse.view(b, s_q, h_q)
+    if not uniform:
+        empty = counts == 0
+        out = out.masked_fill(empty[:, :, None, None], 0)
+        lse = lse.masked_fill(empty[:, :, None], float("inf"))
+    return out, lse.transpose(1, 2).contiguous()
+
+
+@functools.cache
+def compiled_absorbed() -> Callable[..., Any]:
+    """`mla_decode_absorbed` under torch.compile; dynamic shapes, so that one compilation serves a whole bench."""
+    return torch.compile(mla_decode_absorbed, dynamic=True)

@@ -1,0 +1,225 @@
+"""How each target is compiled: its compiler, flags and sources, as data that the cache key covers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernels.package import ABI_VERSION, LIBRARY
+
+SOURCE_ROOT = Path(__file__).resolve().parent / "csrc"
+
+# Optimised but strict IEEE arithmetic: the kernels rely on NaN and infinities. No -march: each translation unit names
+# the instruction sets it needs and the library picks one at run time, so the artifact runs on any machine of its kind.
+CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
+             "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Werror=return-type")  # fmt: skip
+CPU_LINK_FLAGS = (
+    "-shared",
+    "-fopenmp",
+    "-static-libstdc++",
+    "-static-libgcc",
+    "-Wl,-z,defs",
+    "-Wl,--build-id=none",
+)
+CPU_UNIT_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "kernel_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
+    "kernel_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "kernel_avx512bf16.cc": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+    ),
+}
+X86 = ("x86_64", "AMD64")
+
+HOPPER_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC",
+                "-Xcompiler", "-fvisibility=hidden", "--resource-usage", "--expt-relaxed-constexpr",
+                "-lineinfo")  # fmt: skip
+
+
+class BuildError(RuntimeError):
+    """A target cannot be built. `unavailable`: the machine lacks something, as opposed to a compiler's error."""
+
+    def __init__(self, message: str, *, unavailable: bool = False) -> None:
+        super().__init__(message)
+        self.unavailable = unavailable
+
+
+@dataclass(frozen=True)
+class CompilerReport:
+    """What the compiler said of the code: the largest register count and spilled bytes, None where it says nothing."""
+
+    registers: int | None = None
+    spill_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a target's library."""
+
+    target: str
+    compiler: tuple[str, ...]
+    compiler_version: str
+    flags: tuple[str, ...]
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...]
+    runner: Callable[[Recipe, Path, Path], CompilerReport] = field(repr=False)
+
+    def source_sha256(self) -> str:
+        """One hash over names and contents of sources and headers."""
+        digest = hashlib.sha256()
+        for path in sorted({*self.sources, *self.headers}):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(SOURCE_ROOT)} {len(content)}\n".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def key(self) -> str:
+        """Cache key: target, machine, compiler version, flags, sources and ABI."""
+        parts = [
+            self.target,
+            platform.machine(),
+            self.compiler_version,
+            *self.flags,
+            self.source_sha256(),
+            ABI_VERSION,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def compile(self, folder: Path, log: Path) -> CompilerReport:
+        """Write `folder`/libmla_decode.so and `log`. Raises BuildError with the end of the compiler's output."""
+        return self.runner(self, folder, log)
+
+
+def cpu_recipe() -> Recipe:
+    """C++17 and OpenMP by $CXX, else g++."""
+    configured = os.environ.get("CXX", "")
+    command = tuple(shlex.split(configured)) or ("g++",)
+    if shutil.which(command[0]) is None:
+        where = f"CXX={configured!r}" if configured else "g++"
+        raise BuildError(
+            f"{where} not found on PATH; install a C++17 compiler with OpenMP (apt-get install g++) or set CXX",
+            unavailable=True,
+        )
+    folder = SOURCE_ROOT / "cpu"
+    sources = sorted(folder.glob("*.cc"))
+    if platform.machine() not in X86:
+        sources = [path for path in sources if path.name not in CPU_UNIT_FLAGS]
+    unit_flags = [f"{name}:{' '.join(flags)}" for name, flags in CPU_UNIT_FLAGS.items()]
+    return Recipe(
+        target="cpu",
+        compiler=command,
+        compiler_version=_compiler_version(command),
+        flags=(*CPU_FLAGS, *CPU_LINK_FLAGS, *unit_flags),
+        sources=tuple(sources),
+        headers=(SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h"))),
+        runner=_compile_cpu,
+    )
+
+
+def _compile_cpu(recipe: Recipe, folder: Path, log: Path) -> CompilerReport:
+    units = [(source, folder / f"{source.stem}.o") for source in recipe.sources]
+    commands = [
+        [*recipe.compiler, *CPU_FLAGS, *CPU_UNIT_FLAGS.get(source.name, ()), f"-I{SOURCE_ROOT}", "-c", str(source),
+         "-o", str(unit)]
+        for source, unit in units
+    ]  # fmt: skip
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        output = list(pool.map(_run, commands))
+    link = [*recipe.compiler, *(str(unit) for _, unit in units), *CPU_LINK_FLAGS, "-o", str(folder / LIBRARY)]
+    if all(code == 0 for code, _ in output):
+        output.append(_run(link))
+    log.write_text("".join(text for _, text in output))
+    for _, unit in units:
+        unit.unlink(missing_ok=True)
+    _raise_on_failure(recipe, output)
+    return CompilerReport()
+
+
+def hopper_recipe() -> Recipe:
+    """CUDA C++ for sm_90a by nvcc; CuTe's headers come from PyPI's nvidia-cutlass."""
+    folder = SOURCE_ROOT / "hopper"
+    sources = sorted(folder.glob("*.cu"))
+    if not sources:
+        raise BuildError("csrc/hopper holds no sources", unavailable=True)
+    if shutil.which("nvcc") is None:
+        raise BuildError("nvcc not found on PATH; install the CUDA toolkit 12.4 or newer", unavailable=True)
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError(
+            "CUTLASS headers not found; pip install nvidia-cutlass (the extra `hopper`)", unavailable=True
+        )
+    cutlass = Path(spec.submodule_search_locations[0]) / "source" / "include"
+    nvcc = Path(shutil.which("nvcc") or "nvcc").resolve()
+    cccl = nvcc.parent.parent / "include" / "cccl"
+    includes = [f"-I{SOURCE_ROOT}", f"-I{cutlass}", *([f"-I{cccl}"] if cccl.is_dir() else [])]
+    headers = [SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h")), *sorted(folder.glob("*.cuh"))]
+    return Recipe(
+        target="hopper",
+        compiler=("nvcc", *includes),
+        compiler_version=_compiler_version(("nvcc",)) + f" cutlass {_cutlass_version(cutlass)}",
+        flags=HOPPER_FLAGS,
+        sources=tuple(sources),
+        headers=tuple(headers),
+        runner=_compile_hopper,
+    )
+
+
+def _compile_hopper(recipe: Recipe, folder: Path, log: Path) -> CompilerReport:
+    command = [*recipe.compiler, *recipe.flags, *map(str, recipe.sources), "-o", str(folder / LIBRARY)]
+    output = [_run(command)]
+    log.write_text(output[0][1])
+    _raise_on_failure(recipe, output)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", output[0][1])]
+    spills = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", output[0][1])]
+    return CompilerReport(max(registers, default=None), sum(spills) if registers else None)
+
+
+RECIPES: Mapping[str, Callable[[], Recipe]] = {"cpu": cpu_recipe, "hopper": hopper_recipe}
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit code, and the command with what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    return done.returncode, f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}"
+
+
+def _raise_on_failure(recipe: Recipe, output: list[tuple[int, str]]) -> None:
+    for code, text in output:
+        if code != 0:
+            tail = "\n".join(text.splitlines()[-20:])
+            raise BuildError(
+                f"{recipe.compiler[0]} failed with exit code {code} on target {recipe.target}:\n{tail}"
+            )
+
+
+@functools.cache
+def _compiler_version(command: tuple[str, ...]) -> str:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BuildError(
+            f"{shlex.join(command)} --version failed: {done.stderr.strip()[-300:]}", unavailable=True
+        )
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return lines[-1] if command[0] == "nvcc" else lines[0]
+
+
+def _cutlass_version(include: Path) -> str:
+    header = (include / "cutlass" / "version.h").read_text()
+    return ".".join(re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", header))

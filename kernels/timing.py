@@ -1,0 +1,76 @@
+"""Measure callables side by side: interleaved, so that drift of the machine touches all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles of one callable's time, microseconds."""
+
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    p90_us: float
+    p99_us: float
+    samples: int
+
+
+def one_call_us(call: Call, device: torch.device) -> float:
+    """Wall microseconds of one call, until the device is done."""
+    started = time.perf_counter_ns()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter_ns() - started) / 1e3
+
+
+def best_seconds(call: Call, device: torch.device, repeats: int = 5) -> float:
+    """The fastest of `repeats` calls after one warm-up, seconds; enough to choose between kernels."""
+    one_call_us(call, device)
+    return min(one_call_us(call, device) for _ in range(repeats)) / 1e6
+
+
+def quantile(ordered: list[float], fraction: float) -> float:
+    """Linear interpolation between the closest ranks of sorted values."""
+    position = fraction * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def summarize(samples_us: list[float]) -> Timing:
+    """Quantiles of samples in microseconds."""
+    ordered = sorted(samples_us)
+    p20, p80, p90, p99 = (quantile(ordered, fraction) for fraction in (0.2, 0.8, 0.9, 0.99))
+    return Timing(p20, statistics.median(ordered), p80, p90, p99, len(ordered))
+
+
+def interleaved(
+    calls: Mapping[str, Call], device: torch.device, *, seconds: float = 1.0, least: int = 5, most: int = 200
+) -> dict[str, Timing]:
+    """Time every callable in turn, round after round, until `seconds` are spent or `most` rounds are done.
+
+    Three untimed rounds come first. The order is rotated each round, so that none always runs in another's wake.
+    """
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(3):
+        for name in names:
+            one_call_us(calls[name], device)
+    deadline = time.perf_counter() + seconds
+    for rounds in range(most):
+        if rounds >= least and time.perf_counter() > deadline:
+            break
+        shift = rounds % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(one_call_us(calls[name], device))
+    return {name: summarize(values) for name, values in samples.items()}
