@@ -19,7 +19,7 @@ FIRST_POLL_SECONDS, SLOWEST_POLL_SECONDS = 0.5, 15.0
 
 
 class Deployment(BaseModel):
-    """The JSON of --deployment: how production changes, and what its containers get; ranges as the API has them."""
+    """The JSON of --deployment: how production changes, and what its containers get. Ranges are the API's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from kernels.package import combined_sha256
 from steps import aws, model_package
 from steps.job import Job, StepError, log, run
 from steps.model_package import ModelPackage
@@ -100,19 +101,20 @@ def verify_kernel(s3: Any, package: ModelPackage) -> dict[str, Any]:
     again = f"The kernel was changed after it was measured. {AGAIN}"
     index = json.loads(_read(s3, objects, "index.json", package.kernel_uri))
     registered = package.metadata.get("KernelSha256", "")
-    if index.get("sha256") != registered:
+    hashes = {target: entry["sha256"] for target, entry in index.get("packages", {}).items()}
+    if not index.get("sha256") == combined_sha256(hashes) == registered:
         raise StepError(
             f"Kernel hash differs: {package.kernel_uri.rstrip('/')}/index.json says {index.get('sha256')}, "
-            f"model package {package.arn} was registered with {registered or 'none'}.",
+            f"its packages give {combined_sha256(hashes)}, model package {package.arn} was registered with {registered or 'none'}.",
             again,
         )
-    for target, entry in index.get("packages", {}).items():
+    for target, expected in hashes.items():
         name = f"{target}/libmla_decode.so"
         actual = hashlib.sha256(_read(s3, objects, name, package.kernel_uri)).hexdigest()
-        if actual != entry["sha256"]:
+        if actual != expected:
             raise StepError(
                 f"Kernel library {name} below {package.kernel_uri} has SHA-256 {actual}, "
-                f"its index says {entry['sha256']}.",
+                f"its index says {expected}.",
                 again,
             )
     return index

@@ -61,7 +61,8 @@ def latency_plot(cases: list[LatencyCase]) -> str:
         slower = " bad" if case.speedup < 1 else ""
         rows.append(
             f"<g><title>{escape(case.name)}: p50 {microseconds(case.p50_us)}, "
-            f"p90 {microseconds(case.p90_us)}, p99 {microseconds(case.p99_us)}; baseline p50 {microseconds(case.baseline_p50_us)}</title>"
+            f"p90 {microseconds(case.p90_us)}, p99 {microseconds(case.p99_us)}; "
+            f"baseline p50 {microseconds(case.baseline_p50_us)}</title>"
             + _band(i)
             + _name(y, case.name)
             + f'<line class="gain{slower}" x1="{ours:.1f}" x2="{base:.1f}" y1="{y}" y2="{y}"/>'

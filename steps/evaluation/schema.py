@@ -80,9 +80,9 @@ class Milliseconds(Section):
 
 
 class Smoke(Section):
-    """What the endpoint must answer to this prompt, greedily."""
+    """What the endpoint must answer to this prompt, greedily. Token ids where the model has no tokenizer."""
 
-    prompt: str
+    prompt: str | list[int]
     max_tokens: int
     token_ids: list[int]
     text: str
@@ -97,6 +97,10 @@ class ModelLevel(Section):
     tokens_per_s: float  # batch 1, decode only
     decode_step_ms: Milliseconds  # one whole-model decode step, batch 1
     smoke: Smoke
+
+
+# JSON has no infinity. Stands for "not finite" and, in the gate, "could not be measured": over every limit.
+OUT_OF_BOUNDS = 1e9
 
 
 class Gate(Section):
@@ -120,7 +124,7 @@ class Evaluation(Section):
     kernel_sha256: str
     correctness: Correctness
     latency: Latency
-    model: ModelLevel
+    model: ModelLevel | None  # None when an incorrect kernel kept the model from running
     gate: Gate
 
     @classmethod

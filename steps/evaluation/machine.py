@@ -1,0 +1,80 @@
+"""The machine and the software that the figures belong to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from kernels.package import KernelIndex
+
+# Flags of /proc/cpuinfo that decide which code path of the cpu kernel runs.
+VECTOR_UNITS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_bf16": "AMX BF16",
+    "asimd": "NEON",
+    "sve": "SVE",
+}
+
+
+def machine(device: torch.device, ml_root: Path) -> dict[str, str | int | float | None]:
+    """Processor, memory, accelerator and SageMaker instance type (None outside SageMaker)."""
+    cpu = _cpuinfo()
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    accelerator = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "processor": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "vector_units": ", ".join(name for flag, name in VECTOR_UNITS.items() if flag in flags) or None,
+        "memory_gb": round(pages * page_bytes / 1e9, 1),
+        "accelerator": accelerator.name if accelerator else None,
+        "accelerator_memory_gb": round(accelerator.total_memory / 1e9, 1) if accelerator else None,
+        "instance_type": _instance_type(ml_root),
+        "operating_system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions(index: KernelIndex, backend: str) -> dict[str, str | None]:
+    """Versions of what took part; `compiler` built the winning kernel, None if it was not compiled."""
+    package = index.packages.get(backend)
+    return {
+        "mla_pipeline": _version("mla-pipeline"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "numpy": _version("numpy"),
+        "cuda": torch.version.cuda,
+        "compiler": package.manifest.get("compiler") if package else None,
+        "kernel_flags": " ".join(package.manifest.get("flags", [])) if package else None,
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    if sys.platform != "linux":
+        return {}
+    lines = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _instance_type(ml_root: Path) -> str | None:
+    """SageMaker writes it into every job's container."""
+    path = ml_root / "config" / "resourceconfig.json"
+    return json.loads(path.read_text()).get("current_instance_type") if path.is_file() else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

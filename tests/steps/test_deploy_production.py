@@ -1,0 +1,306 @@
+"""DeployProduction against scripted answers; botocore validates every request and answer by its shapes."""
+
+import json
+from datetime import UTC, datetime
+
+import boto3
+import pytest
+from botocore.stub import ANY, Stubber
+
+from steps import aws, deploy_production, deployment
+from steps.job import StepError
+from tests.steps.support import StepRun
+
+ARN = "arn:aws:sagemaker:us-east-1:123456789012:model-package/mla-models/3"
+ROLE = "arn:aws:iam::123456789012:role/mla-pipeline-execution"
+ENDPOINT = "mla-production"
+OPTIONS = {
+    "model_package_arn": ARN,
+    "endpoint_name": ENDPOINT,
+    "instance_type": "ml.c7i.xlarge",
+    "instance_count": 2,
+    "role_arn": ROLE,
+    "deployment": json.dumps({"canary_percent": 50, "bake_seconds": 2, "alarms": ["mla-5xx"]}),
+}
+MODEL = deploy_production.derived_name("mla-models-v3", ARN, ROLE)
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+
+
+@pytest.fixture
+def service(monkeypatch):
+    client = boto3.client(
+        "sagemaker", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    monkeypatch.setattr(aws, "client", lambda name: client)
+    monkeypatch.setattr(deployment, "FIRST_POLL_SECONDS", 0.0)
+    with Stubber(client) as stubber:
+        yield Service(stubber)
+        stubber.assert_no_pending_responses()
+
+
+class Service:
+    """What the service answers next."""
+
+    def __init__(self, stubber: Stubber) -> None:
+        self.stubber = stubber
+        self.config: str | None = None
+
+    def package(self, approval: str = "Approved") -> None:
+        container = {
+            "Image": "serve:1",
+            "ModelDataSource": {"S3DataSource": _folder("s3://b/model/")},
+            "AdditionalModelDataSources": [
+                {"ChannelName": "kernel", "S3DataSource": _folder("s3://b/kernel/")}
+            ],
+        }
+        self.stubber.add_response(
+            "describe_model_package",
+            {
+                "ModelPackageName": "mla-models/3",
+                "ModelPackageArn": ARN,
+                "ModelPackageGroupName": "mla-models",
+                "ModelPackageVersion": 3,
+                "CreationTime": NOW,
+                "ModelPackageStatus": "Completed",
+                "ModelPackageStatusDetails": {"ValidationStatuses": []},
+                "ModelApprovalStatus": approval,
+                "InferenceSpecification": {
+                    "Containers": [container],
+                    "SupportedContentTypes": ["application/json"],
+                    "SupportedResponseMIMETypes": ["application/json"],
+                },
+            },
+            {"ModelPackageName": ARN},
+        )
+
+    def model_and_config(self, exist: bool = False) -> None:
+        if exist:
+            self.refuse("create_model", "Cannot create already existing model.")
+            self.refuse("create_endpoint_config", "Cannot create already existing endpoint configuration.")
+            return
+        self.stubber.add_response(
+            "create_model",
+            {"ModelArn": "arn:aws:sagemaker:us-east-1:123456789012:model/m"},
+            {"ModelName": MODEL, "ExecutionRoleArn": ROLE, "Containers": [{"ModelPackageName": ARN}]},
+        )
+        self.stubber.add_response(
+            "create_endpoint_config",
+            {"EndpointConfigArn": "arn:aws:sagemaker:us-east-1:123456789012:endpoint-config/c"},
+            {"EndpointConfigName": ANY, "ProductionVariants": ANY},
+        )
+
+    def endpoint(self, status: str, config: str, reason: str | None = None) -> None:
+        answer = {
+            "EndpointName": ENDPOINT,
+            "EndpointArn": f"arn:aws:sagemaker:us-east-1:123456789012:endpoint/{ENDPOINT}",
+            "EndpointConfigName": config,
+            "EndpointStatus": status,
+            "CreationTime": NOW,
+            "LastModifiedTime": NOW,
+        }
+        self.stubber.add_response("describe_endpoint", answer | ({"FailureReason": reason} if reason else {}))
+
+    def no_endpoint(self) -> None:
+        self.refuse("describe_endpoint", f'Could not find endpoint "{ENDPOINT}".')
+
+    def create_endpoint(self) -> None:
+        self.stubber.add_response(
+            "create_endpoint",
+            {"EndpointArn": f"arn:aws:sagemaker:us-east-1:123456789012:endpoint/{ENDPOINT}"},
+            {"EndpointName": ENDPOINT, "EndpointConfigName": wanted_config()},
+        )
+
+    def update_endpoint(self) -> None:
+        self.stubber.add_response(
+            "update_endpoint",
+            {"EndpointArn": f"arn:aws:sagemaker:us-east-1:123456789012:endpoint/{ENDPOINT}"},
+            {
+                "EndpointName": ENDPOINT,
+                "EndpointConfigName": wanted_config(),
+                "DeploymentConfig": {
+                    "BlueGreenUpdatePolicy": {
+                        "TrafficRoutingConfiguration": {
+                            "Type": "CANARY",
+                            "WaitIntervalInSeconds": 2,
+                            "CanarySize": {"Type": "CAPACITY_PERCENT", "Value": 50},
+                        },
+                        "TerminationWaitInSeconds": 0,
+                        "MaximumExecutionTimeoutInSeconds": 3600,
+                    },
+                    "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": "mla-5xx"}]},
+                },
+            },
+        )
+
+    def refuse(self, operation: str, message: str) -> None:
+        self.stubber.add_client_error(operation, "ValidationException", message)
+
+
+def _folder(uri: str) -> dict[str, str]:
+    return {"S3Uri": uri, "S3DataType": "S3Prefix", "CompressionType": "None"}
+
+
+def wanted_config() -> str:
+    variant = {
+        "VariantName": "AllTraffic",
+        "ModelName": MODEL,
+        "InstanceType": "ml.c7i.xlarge",
+        "InitialInstanceCount": 2,
+        "InitialVariantWeight": 1.0,
+    }
+    return deploy_production.derived_name("mla-models-v3", json.dumps(variant, sort_keys=True))
+
+
+def deploy(tmp_path) -> dict:
+    run = StepRun(deploy_production, tmp_path).give("package", "package.json", {"model_package_arn": ARN})
+    return run.start(**OPTIONS).json("deployment", "deployment.json")
+
+
+def test_the_first_deployment_creates_the_endpoint(service, tmp_path):
+    service.package()
+    service.model_and_config()
+    service.no_endpoint()
+    service.package()
+    service.create_endpoint()
+    service.endpoint("Creating", wanted_config())
+    service.endpoint("InService", wanted_config())
+    service.endpoint("InService", wanted_config())
+    document = deploy(tmp_path)
+    assert document["action"] == "created"
+    assert document["endpoint_config_name"] == wanted_config()
+    assert document["model_name"] == MODEL
+
+
+def test_an_update_follows_the_policy_and_names_what_was_live_before(service, tmp_path):
+    service.package()
+    service.model_and_config()
+    service.endpoint("InService", "old-config")
+    service.package()
+    service.update_endpoint()
+    service.endpoint("Updating", "old-config")
+    service.endpoint("InService", wanted_config())
+    service.endpoint("InService", wanted_config())
+    document = deploy(tmp_path)
+    assert (document["action"], document["previous_endpoint_config_name"]) == ("updated", "old-config")
+
+
+def test_a_second_event_for_the_same_approval_changes_nothing(service, tmp_path):
+    service.package()
+    service.model_and_config(exist=True)
+    service.endpoint("InService", wanted_config())
+    service.endpoint("InService", wanted_config())
+    assert deploy(tmp_path)["action"] == "unchanged"
+
+
+def test_an_update_in_progress_is_awaited_first(service, tmp_path):
+    service.package()
+    service.model_and_config(exist=True)
+    service.endpoint("Updating", "old-config")
+    service.endpoint("Updating", "old-config")
+    service.endpoint("InService", wanted_config())  # the other execution had the same ARN
+    service.endpoint("InService", wanted_config())
+    assert deploy(tmp_path)["action"] == "unchanged"
+
+
+def test_a_lost_race_waits_for_the_winner(service, tmp_path):
+    service.package()
+    service.model_and_config(exist=True)
+    service.no_endpoint()
+    service.package()
+    service.refuse("create_endpoint", "Cannot create already existing endpoint.")
+    service.endpoint("Creating", wanted_config())
+    service.endpoint("InService", wanted_config())
+    service.endpoint("InService", wanted_config())
+    assert deploy(tmp_path)["action"] == "unchanged"
+
+
+def test_a_silent_rollback_is_a_failure_with_the_services_reason(service, tmp_path):
+    service.package()
+    service.model_and_config()
+    service.endpoint("InService", "old-config")
+    service.package()
+    service.update_endpoint()
+    service.endpoint("RollingBack", "old-config")
+    service.endpoint("InService", "old-config", reason="alarm mla-5xx went off")
+    service.endpoint("InService", "old-config", reason="alarm mla-5xx went off")
+    with pytest.raises(StepError, match=r"rolled back: it serves old-config.*alarm mla-5xx went off"):
+        deploy(tmp_path)
+
+
+def test_a_failed_creation_gives_the_services_reason(service, tmp_path):
+    service.package()
+    service.model_and_config()
+    service.no_endpoint()
+    service.package()
+    service.create_endpoint()
+    service.endpoint("Failed", wanted_config(), reason="the container did not pass its ping health check")
+    service.endpoint("Failed", wanted_config(), reason="the container did not pass its ping health check")
+    with pytest.raises(StepError, match="is Failed after its deployment: the container did not pass"):
+        deploy(tmp_path)
+
+
+def test_a_failed_endpoint_takes_no_update(service, tmp_path):
+    service.package()
+    service.model_and_config()
+    service.endpoint("Failed", "old-config", reason="no capacity")
+    with pytest.raises(StepError, match=r"takes no update: no capacity.*Delete it"):
+        deploy(tmp_path)
+
+
+@pytest.mark.parametrize("approval", ["Rejected", "PendingManualApproval"])
+def test_only_an_approved_version_is_deployed(service, tmp_path, approval):
+    service.package(approval)
+    with pytest.raises(StepError, match=f"is {approval}, not Approved"):
+        deploy(tmp_path)
+    assert not (tmp_path / "processing/output/deployment").exists()
+
+
+def test_an_approval_withdrawn_while_waiting_stops_the_deployment(service, tmp_path):
+    service.package()
+    service.model_and_config()
+    service.endpoint("InService", "old-config")
+    service.package("Rejected")
+    with pytest.raises(StepError, match="is Rejected"):
+        deploy(tmp_path)
+
+
+def test_another_package_than_the_verified_one_is_refused(service, tmp_path):
+    run = StepRun(deploy_production, tmp_path).give("package", "package.json", {"model_package_arn": "other"})
+    with pytest.raises(StepError, match="VerifyPackage verified other"):
+        run.start(**OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"canary": 1}', "canary"),
+        ('{"canary_percent": 90}', "canary_percent"),
+        ("[1]", "dictionary"),
+        ("{", "JSON"),
+    ],
+)
+def test_a_wrong_deployment_option_names_the_key(text, key):
+    with pytest.raises(Exception, match=key):
+        deployment.Deployment.parse(text)
+
+
+def test_linear_and_variant_settings_reach_the_request():
+    policy = deployment.Deployment.parse(
+        '{"strategy": "linear", "linear_percent": 20, "inference_ami": "ami", "startup_timeout_seconds": 900}'
+    )
+    routing = policy.config()["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]
+    assert routing["LinearStepSize"] == {"Type": "CAPACITY_PERCENT", "Value": 20}
+    assert "AutoRollbackConfiguration" not in policy.config()
+    assert policy.variant() == {
+        "InferenceAmiVersion": "ami",
+        "ContainerStartupHealthCheckTimeoutInSeconds": 900,
+    }
+
+
+def test_derived_names_depend_on_all_content_and_fit():
+    names = {
+        deploy_production.derived_name("m" * 80, "a", "b"),
+        deploy_production.derived_name("m" * 80, "ab", ""),
+    }
+    assert len(names) == 2
+    assert all(len(name) <= 63 for name in names)
