@@ -171,6 +171,14 @@ def wait(aws: Aws, arn: str, seconds: float = 1.0, timeout: float | None = None)
     return last
 
 
+def reason(execution: Execution) -> str:
+    """Why it failed: the failed steps' own words where the execution only says that a step failed."""
+    failed = [
+        f"{one.name}: {one.failure}" for one in execution.steps if one.status == "Failed" and one.failure
+    ]
+    return "; ".join(failed) or execution.failure
+
+
 def latest(aws: Aws, pipeline: str) -> str:
     """ARN of the execution that started last."""
     found = aws.sagemaker.list_pipeline_executions(

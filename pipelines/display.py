@@ -1,0 +1,88 @@
+"""Live progress for a person: one line a phase, one line a step; plain lines when no terminal listens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.service import Execution, Step
+
+STYLE = {"Succeeded": "green", "Failed": "red", "Stopped": "yellow", "Executing": "cyan", "Starting": "dim"}
+MARK = {"Succeeded": "✓", "Failed": "✗", "Stopped": "■"}
+
+
+class Display:
+    """Writes to a console; `quiet` writes nothing."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(quiet=quiet, highlight=False)
+
+    @contextmanager
+    def phase(self, words: str) -> Iterator[None]:
+        """A spinner while the block runs, then its duration."""
+        started = time.monotonic()
+        if self.console.is_terminal:
+            with self.console.status(words):
+                yield
+        else:
+            yield
+        self.console.print(_line("Succeeded", words, time.monotonic() - started))
+
+    def note(self, words: str) -> None:
+        """A line of its own."""
+        self.console.print(words)
+
+    def follow(self, executions: Iterator[Execution]) -> Execution:
+        """Show an execution until it is over; gives its last state."""
+        if self.console.is_terminal:
+            return self._live(executions)
+        shown: set[tuple[str, str]] = set()
+        for now in executions:
+            for step in now.steps:
+                if step.status in MARK and (step.name, step.status) not in shown:
+                    shown.add((step.name, step.status))
+                    self.console.print(step_line(step))
+        return now
+
+    def _live(self, executions: Iterator[Execution]) -> Execution:
+        with Live(console=self.console, refresh_per_second=8) as live:
+            for now in executions:
+                live.update(Group(*map(_row, now.steps)))
+        return now
+
+
+def step_line(step: Step) -> Text:
+    """A finished step: mark, name, duration, and why it failed."""
+    return _line(step.status, f"  {step.name}", step.seconds, step.failure)
+
+
+def summary_table(execution: Execution) -> Table:
+    """Steps with status and duration."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for step in execution.steps:
+        seconds = f"{step.seconds:.1f} s" if step.seconds is not None else ""
+        table.add_row(
+            Text(step.name), Text(step.status, style=STYLE.get(step.status, "")), seconds, step.failure
+        )
+    return table
+
+
+def _row(step: Step) -> Text | Spinner:
+    if step.status in MARK:
+        return step_line(step)
+    return Spinner("dots", Text(f"   {step.name}", style=STYLE.get(step.status, "")))
+
+
+def _line(status: str, words: str, seconds: float | None, failure: str = "") -> Text:
+    text = Text(MARK.get(status, " "), style=STYLE.get(status, ""))
+    text.append(f" {words:<34}", style="default")
+    text.append(f"{seconds:7.1f} s" if seconds is not None else "", style="dim")
+    text.append(f"  {failure}" if failure else "", style="red")
+    return text
