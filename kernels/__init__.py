@@ -1,7 +1,7 @@
 """Multi-head latent attention decode over a paged latent cache: one operator, several backends.
 
-`flash_mla_with_kvcache` and `get_mla_metadata` take the arguments of flash_mla's Python interface, so a program
-written for flash_mla runs on any backend of this package by changing its import.
+`flash_mla_with_kvcache` and `get_mla_metadata` take the arguments of flash_mla's Python interface, so a
+program written for flash_mla runs on any backend of this package by changing its import.
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ def flash_mla_with_kvcache(
 ) -> tuple[Tensor, Tensor]:
     """Attention of new queries over a paged latent cache, in absorbed form.
 
-    q [b, s_q, h_q, head_dim_v + rope] (bfloat16, float16 or float32); k_cache [num_blocks, page_size, 1, head_dim_v +
-    rope] of the same kinds, or uint8 [num_blocks, page_size, 1, 656] for fp8_ds_mla; block_table int32
-    [b, max_blocks]; cache_seqlens int32 [b], tokens in the cache with the new ones. `softmax_scale` defaults to
-    1/sqrt(head_dim_v + rope), which is not a model's: pass the model's. With `causal` query i sees the first
-    cache_seqlens - s_q + 1 + i tokens. `tile_scheduler_metadata`, `num_splits` and `is_fp8_kvcache` are taken for
-    compatibility: every backend schedules by itself, and the cache's dtype says whether it is FP8.
+    q [b, s_q, h_q, head_dim_v + rope] (bfloat16, float16 or float32); k_cache [num_blocks, page_size, 1,
+    head_dim_v + rope] of the same kinds, or uint8 [num_blocks, page_size, 1, 656] for fp8_ds_mla; block_table
+    int32 [b, max_blocks]; cache_seqlens int32 [b], tokens in the cache with the new ones. `softmax_scale`
+    defaults to 1/sqrt(head_dim_v + rope), which is not a model's: pass the model's. With `causal` query i
+    sees the first cache_seqlens - s_q + 1 + i tokens. `tile_scheduler_metadata`, `num_splits` and
+    `is_fp8_kvcache` are taken for compatibility: every backend schedules by itself, and the cache's dtype
+    says whether it is FP8.
 
-    Returns out [b, s_q, h_q, head_dim_v] in q's dtype and lse [b, h_q, s_q] float32 (natural logarithm). A query that
-    sees no token gives out 0 and lse +inf. Raises ValueError naming the argument and both values, NotImplementedError
-    when the backend cannot run the sizes, BackendError when the backend cannot be had.
+    Returns out [b, s_q, h_q, head_dim_v] in q's dtype and lse [b, h_q, s_q] float32 (natural logarithm). A
+    query that sees no token gives out 0 and lse +inf. Raises ValueError naming the argument and both values,
+    NotImplementedError when the backend cannot run the sizes, BackendError when the backend cannot be had.
     """
     if indices is not None:
         raise NotImplementedError("indices (sparse attention) is not supported, expected None")
@@ -84,9 +85,11 @@ def get_mla_metadata(
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """flash_mla's scheduling call: (tile_scheduler_metadata [0, 8] int32, num_splits [b + 1] int32), both inert.
+    """flash_mla's scheduling call: (tile_scheduler_metadata [0, 8] int32, num_splits [b + 1] int32), both
+    inert.
 
-    Backends of this package compute their schedule from the lengths inside the call, so nothing need be precomputed.
+    Backends of this package compute their schedule from the lengths inside the call, so nothing need be
+    precomputed.
     """
     if topk is not None:
         raise NotImplementedError(f"topk is {topk}: sparse attention is not supported, expected None")

@@ -13,7 +13,8 @@ from kernels.backends import Backend, BackendError, available_backends
 from kernels.timing import best_seconds
 
 log = logging.getLogger(__name__)
-# A candidate must agree with the float32 torch form; a wrong kernel is off by orders of magnitude more than rounding.
+# A candidate must agree with the float32 torch form; a wrong kernel is off by orders of magnitude more than
+# rounding.
 AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 1e-3}
 
 
@@ -44,7 +45,8 @@ class AutoBackend:
         """Run the problem on its class's backend, choosing it first when the class is new."""
         shape = q.shape
         # Lengths stay on their device, so the table's width stands for them.
-        key = (q.device, q.dtype, k_cache.dtype, shape[0].bit_length(), shape[1:], head_dim_v, k_cache.shape[1],
+        key = (q.device, q.dtype, k_cache.dtype, shape[0].bit_length(), shape[1:], head_dim_v,
+        k_cache.shape[1],
                block_table.shape[1].bit_length(), torch.get_num_threads())  # fmt: skip
         backend = self._chosen.get(key)
         arguments = (q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)

@@ -1,7 +1,7 @@
 """One interface over every implementation of the operator, and the choice among them.
 
-A backend is called with checked tensors; `unsupported` says beforehand, in words for a person, why it cannot run a
-problem. `auto` measures the correct backends of a device on the problem at hand and keeps the fastest.
+A backend is called with checked tensors; `unsupported` says beforehand, in words for a person, why it cannot
+run a problem. `auto` measures the correct backends of a device on the problem at hand and keeps the fastest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from kernels.package import KernelIndex, KernelPackage
 from kernels.reference import mla_decode_absorbed
 
 COMPILED = ("cpu", "hopper")
-# Written elsewhere in this package; listed by where they live, so that their imports are paid only when asked for.
+# Written elsewhere in this package; listed by where they live, so that their imports are paid only when asked
+# for.
 OPTIONAL = {
     "triton": ("kernels.triton_mla", "TritonBackend"),
     "flash_mla": ("kernels.hopper_peer", "FlashMlaBackend"),
@@ -89,7 +90,8 @@ class ReferenceBackend:
 
 
 def get_backend(name: str, kernel_dir: Path | None = None) -> Backend:
-    """The backend `name`; compiled ones come from the artifact `kernel_dir`, or are built into the cache without it.
+    """The backend `name`; compiled ones come from the artifact `kernel_dir`, or are built into the cache
+    without it.
 
     Raises BackendError naming what is missing; KernelPackageError and BuildError as their modules say.
     """
@@ -122,7 +124,8 @@ def _package(name: str, kernel_dir: Path | None) -> KernelPackage:
 
 
 def available_backends(kernel_dir: Path | None, device: torch.device) -> dict[str, Backend]:
-    """Every backend that can be had here for tensors on `device`, by name; without `kernel_dir` builds what it can.
+    """Every backend that can be had here for tensors on `device`, by name; without `kernel_dir` builds what
+    it can.
 
     A missing compiler or library leaves its backend out; a damaged artifact raises.
     """

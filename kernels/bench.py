@@ -1,4 +1,4 @@
-"""Time backends side by side on the workloads' shapes, beside the torch baseline and the machine's read limit."""
+"""Time backends side by side on a workload's shapes, beside the torch baseline and the measured read limit."""
 
 from __future__ import annotations
 
@@ -61,16 +61,17 @@ def measure(
 ) -> list[Measurement]:
     """Time `backends` and the baseline on every case, interleaved; one Measurement a backend and case.
 
-    `limit_gbps` is `read_limit_gbps(device)` when not given. `compile_baseline` also times torch.compile's form.
-    Backends that cannot run a case are left out of it.
+    `limit_gbps` is `read_limit_gbps(device)` when not given. `compile_baseline` also times torch.compile's
+    form. Backends that cannot run a case are left out of it.
     """
     device = torch.device(device)
     limit = read_limit_gbps(device) if limit_gbps is None else limit_gbps
     results = []
     for case in cases:
         inputs = make_inputs(
-            [case.s_k] * case.b, s_q=case.s_q, h_q=h_q, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim, q_dtype=q_dtype,
-            kv_dtype=kv_dtype, causal=case.s_q > 1, softmax_scale=softmax_scale, device=device, seed=seed,
+            [case.s_k] * case.b, s_q=case.s_q, h_q=h_q, kv_lora_rank=kv_lora_rank, rope_dim=rope_dim,
+            q_dtype=q_dtype, kv_dtype=kv_dtype, causal=case.s_q > 1, softmax_scale=softmax_scale,
+            device=device, seed=seed,
         )  # fmt: skip
         problem = Problem.of(inputs.q, inputs.k_cache, inputs.head_dim_v, inputs.causal)
         calls: dict[str, Callable[[], object]] = {
@@ -107,8 +108,9 @@ def _measurement(
     operations = 2 * case.b * case.s_q * q.shape[2] * case.s_k * (q.shape[3] + inputs.head_dim_v)
     gbps = moved / seconds / 1e9
     return Measurement(
-        backend, case.name, case.b, case.s_q, q.shape[2], case.s_k, timing.p50_us, timing.p90_us, timing.p99_us, baseline,
-        baseline_us, baseline_us / timing.p50_us, gbps, operations / seconds / 1e12, gbps / limit,
+        backend, case.name, case.b, case.s_q, q.shape[2], case.s_k, timing.p50_us, timing.p90_us,
+        timing.p99_us, baseline, baseline_us, baseline_us / timing.p50_us, gbps, operations / seconds / 1e12,
+        gbps / limit,
     )  # fmt: skip
 
 
@@ -127,18 +129,17 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def table(measurements: Sequence[Measurement]) -> str:
     """A Markdown table, and the geometric mean of the speed-ups of each backend."""
-    lines = ["| backend | case | h_q | p50 us | p90 us | baseline us | speed-up | GB/s | of limit | GFLOP/s |",
-             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    head = ("backend", "case", "h_q", "p50 us", "p90 us", "baseline us", "speed-up", "GB/s", "of limit", "GFLOP/s")
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for m in measurements:
         lines.append(
-            f"| {m.backend} | {m.name} | {m.h_q} | {m.p50_us:.1f} | {m.p90_us:.1f} | {m.baseline_p50_us:.1f} ({m.baseline})"
-            f" | {m.speedup:.2f} | {m.gbps:.1f} | {m.fraction_of_limit:.0%} | {m.tflops * 1e3:.0f} |"
+            f"| {m.backend} | {m.name} | {m.h_q} | {m.p50_us:.1f} | {m.p90_us:.1f}"
+            f" | {m.baseline_p50_us:.1f} ({m.baseline}) | {m.speedup:.2f} | {m.gbps:.1f} | {m.fraction_of_limit:.0%} | {m.tflops * 1e3:.0f} |"
         )
     for backend in dict.fromkeys(m.backend for m in measurements):
         speedups = [m.speedup for m in measurements if m.backend == backend]
-        lines.append(
-            f"\n{backend}: geometric mean {geometric_mean(speedups):.2f}x, least {min(speedups):.2f}x the baseline"
-        )
+        mean = geometric_mean(speedups)
+        lines.append(f"\n{backend}: geometric mean {mean:.2f}x, least {min(speedups):.2f}x the baseline")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Compile the decode operator: source -> KernelPackage, content-addressed and atomic.
 
-`build` compiles each target into a cache whose key is the compiler's version, the flags and the sources, then copies
-the packages to the artifact folder. A package appears in one rename, so a reader sees all of it or nothing; a build
-that loses a race against an equal one takes the winner's result.
+`build` compiles each target into a cache whose key is the compiler's version, the flags and the sources, then
+copies the packages to the artifact folder. A package appears in one rename, so a reader sees all of it or
+nothing; a build that loses a race against an equal one takes the winner's result.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Correctness of a backend against the float64 definition: the cases, the bounds and their reasons.
 
-Evaluate's gate and the tests run the same cases. Errors are relative in the 2-norm of one output vector (one row, query
-and head) and the worst vector counts, so that one wrong head among many is not averaged away.
+Evaluate's gate and the tests run the same cases. Errors are relative in the 2-norm of one output vector (one
+row, query and head) and the worst vector counts, so that one wrong head among many is not averaged away.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class CheckCase:
         """Fresh inputs with NaN wherever nothing may read."""
         return make_inputs(
             self.lengths, s_q=self.s_q, h_q=self.h_q, kv_lora_rank=self.kv_lora_rank, rope_dim=self.rope_dim,
-            q_dtype=self.q_dtype, kv_dtype=self.kv_dtype, causal=self.causal, softmax_scale=self.softmax_scale,
-            device=device, seed=seed,
+            q_dtype=self.q_dtype, kv_dtype=self.kv_dtype, causal=self.causal,
+            softmax_scale=self.softmax_scale, device=device, seed=seed,
         )  # fmt: skip
 
 

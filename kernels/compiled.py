@@ -79,8 +79,8 @@ class CompiledBackend:
         on_gpu = self._device_type == "cuda"
         key = (
             q.shape, q.stride(), q.dtype, k_cache.shape, k_cache.stride(), k_cache.dtype, block_table.shape,
-            block_table.stride(), block_table.dtype, cache_seqlens.shape, cache_seqlens.stride(), cache_seqlens.dtype,
-            q.device, k_cache.device, block_table.device, cache_seqlens.device,
+            block_table.stride(), block_table.dtype, cache_seqlens.shape, cache_seqlens.stride(),
+            cache_seqlens.dtype, q.device, k_cache.device, block_table.device, cache_seqlens.device,
             head_dim_v, softmax_scale, causal, 0 if on_gpu else torch.get_num_threads(),
         )  # fmt: skip
         plan = local.plans.get(key)

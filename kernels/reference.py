@@ -1,8 +1,8 @@
 """The MLA decode operator written in torch: its definition, and the fastest form that torch alone gives.
 
-`mla_decode_reference` is the definition in float64, one query row at a time; every backend is compared with it.
-`mla_decode_absorbed` is the baseline a user without this package would write: gather the pages, two batched matrix
-products around a softmax (the absorbed form of DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+`mla_decode_reference` is the definition in float64, one query row at a time; every backend is compared with
+it. `mla_decode_absorbed` is the baseline a user without this package would write: gather the pages, two
+batched matrix products around a softmax (the absorbed form of DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FP8_SCALE_GROUP = 128
 def dequantize_fp8_ds_mla(cache: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Unpack an fp8_ds_mla cache, uint8 [..., 656], to `dtype` [..., 576].
 
-    A token holds 512 e4m3 latents, 4 float32 scales (one for each 128 latents) and 64 bfloat16 rope values; this is
-    FlashMLA's layout. Raises ValueError on any other dtype or token size.
+    A token holds 512 e4m3 latents, 4 float32 scales (one for each 128 latents) and 64 bfloat16 rope values;
+    this is FlashMLA's layout. Raises ValueError on any other dtype or token size.
     """
     if cache.dtype != torch.uint8 or cache.shape[-1] != FP8_TOKEN_BYTES:
         raise ValueError(
@@ -79,8 +79,8 @@ def mla_decode_reference(
     """The operator's definition, in float64.
 
     q [b, s_q, h_q, width], k_cache [num_blocks, page_size, 1, width] (or uint8 [..., 656]), block_table int32
-    [b, max_blocks], cache_seqlens int32 [b], width = head_dim_v + rope. Returns out [b, s_q, h_q, head_dim_v] and
-    lse [b, h_q, s_q], both float64, on q's device. A query that sees no token gives out 0 and lse +inf.
+    [b, max_blocks], cache_seqlens int32 [b], width = head_dim_v + rope. Returns out [b, s_q, h_q, head_dim_v]
+    and lse [b, h_q, s_q], both float64, on q's device. A query that sees no token gives out 0 and lse +inf.
     """
     b, s_q, h_q, width = q.shape
     scale = width**-0.5 if softmax_scale is None else softmax_scale
@@ -111,9 +111,9 @@ def mla_decode_absorbed(
 ) -> tuple[Tensor, Tensor]:
     """The operator as two batched matrix products in `compute_dtype` (default: the cache's, so the fastest).
 
-    Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one and
-    masked; pages that no row uses are never read. With a 16-bit `compute_dtype` torch rounds the scores to 16 bits:
-    that is the baseline's speed and its error; `compute_dtype=torch.float32` is accurate.
+    Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one
+    and masked; pages that no row uses are never read. With a 16-bit `compute_dtype` torch rounds the scores
+    to 16 bits: that is the baseline's speed and its error; `compute_dtype=torch.float32` is accurate.
     """
     b, s_q, h_q, width = q.shape
     scale = width**-0.5 if softmax_scale is None else softmax_scale

@@ -21,9 +21,11 @@ from kernels.package import ABI_VERSION, LIBRARY
 
 SOURCE_ROOT = Path(__file__).resolve().parent / "csrc"
 
-# Optimised but strict IEEE arithmetic: the kernels rely on NaN and infinities. No -march: each translation unit names
-# the instruction sets it needs and the library picks one at run time, so the artifact runs on any machine of its kind.
-CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
+# Optimised but strict IEEE arithmetic: the kernels rely on NaN and infinities. No -march: each translation
+# unit names the instruction sets it needs and the library picks one at run time, so the artifact runs on any
+# machine of its kind.
+CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast",
+"-fno-math-errno",
              "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Werror=return-type")  # fmt: skip
 CPU_LINK_FLAGS = (
     "-shared",
@@ -48,7 +50,8 @@ CPU_UNIT_FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 X86 = ("x86_64", "AMD64")
 
-HOPPER_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC",
+HOPPER_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler",
+"-fPIC",
                 "-Xcompiler", "-fvisibility=hidden", "--resource-usage", "--expt-relaxed-constexpr",
                 "-lineinfo")  # fmt: skip
 

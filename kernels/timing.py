@@ -59,7 +59,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every callable in turn, round after round, until `seconds` are spent or `most` rounds are done.
 
-    Three untimed rounds come first. The order is rotated each round, so that none always runs in another's wake.
+    Three untimed rounds come first. The order is rotated each round, so that none always runs in another's
+    wake.
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -68,7 +68,8 @@ class Inputs:
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int, float, bool]:
         """The positional arguments of a Backend."""
-        return (self.q, self.k_cache, self.block_table, self.cache_seqlens, self.head_dim_v, self.softmax_scale,
+        return (self.q, self.k_cache, self.block_table, self.cache_seqlens, self.head_dim_v,
+        self.softmax_scale,
                 self.causal)  # fmt: skip
 
 
@@ -90,8 +91,9 @@ def make_inputs(
 ) -> Inputs:
     """Random inputs with one row for each of `lengths`.
 
-    Pages lie in random order among unused ones. With `poison` every token that no query may read, unused pages
-    included, is NaN, and unused block table entries are out of range (2^30). kv_dtype uint8 packs fp8_ds_mla.
+    Pages lie in random order among unused ones. With `poison` every token that no query may read, unused
+    pages included, is NaN, and unused block table entries are out of range (2^30). kv_dtype uint8 packs
+    fp8_ds_mla.
     """
     generator = torch.Generator().manual_seed(seed)
     width = kv_lora_rank + rope_dim
