@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +151,7 @@ def record_run(registry: Registry, release: Release, tags: dict[str, str], files
     A run that was deleted, or that another workspace holds, does not stop a release: its version still gets
     tags and alias. That it is missing is said in the log and in record.json.
     """
+    from mlflow.entities import Metric, RunTag
     from mlflow.exceptions import MlflowException
 
     client = registry.client
@@ -162,10 +164,12 @@ def record_run(registry: Registry, release: Release, tags: dict[str, str], files
         log.warning("run %s is not in %s; only the version is tagged", release.run_id, registry.tracking_uri)
         return [f"run {release.run_id} not found"] if release.version else []
     with explained(registry, f"Run {release.run_id}"):
-        for key, value in tags.items():
-            client.set_tag(release.run_id, key, value)
-        for name, number in release.metrics.items():
-            client.log_metric(release.run_id, name, number)
+        now = int(time.time() * 1000)
+        client.log_batch(
+            release.run_id,
+            metrics=[Metric(name, number, now, 0) for name, number in release.metrics.items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
         for file in files:
             client.log_artifact(release.run_id, str(file), ARTIFACT_FOLDER)
     return [f"run {release.run_id}: {len(tags)} tags, {len(release.metrics)} metrics, {len(files)} artifacts"]

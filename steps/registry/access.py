@@ -125,10 +125,7 @@ def resolve(registry: Registry, uri: ModelUri) -> ResolvedModel:
         name = uri.name or ""
         if registry.is_unity_catalog:
             check_unity_catalog_name(name)
-        if alias:
-            found = _by_alias(registry, uri)
-        else:
-            found = client.get_model_version(name, uri.version or "")
+        found = _by_alias(registry, uri) if alias else client.get_model_version(name, uri.version or "")
         if found.status not in ("READY", None):
             raise StepError(
                 f"ModelUri '{uri.text}' is version {found.version}, whose status is {found.status}.",

@@ -38,9 +38,10 @@ def run_step(
     """Run a step with `root` as its /opt/ml."""
     message = root / "output" / "message"
     message.unlink(missing_ok=True)
-    with _process_state(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+    with _process_state(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLA_ML_ROOT", str(root))
-        run(main, arguments, argv)
+        with pytest.raises(SystemExit) as exit_:
+            run(main, arguments, argv)
     return Outcome(int(exit_.value.code or 0), message.read_text() if message.exists() else "", root)
 
 
