@@ -7,9 +7,13 @@ parts of each row in a fixed order, so equal inputs give equal bits. csrc/mla_de
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+
+from kernels.arguments import FLOAT_DTYPES, Problem, check_arguments
 
 PAGE_SIZE = 64
 _ROWS = 16  # query rows (query x head) a tile: the least that the tensor cores take as M
@@ -141,6 +145,44 @@ def _merge_kernel(
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@dataclass
+class TritonBackend:
+    """`mla_decode_triton` behind the interface of kernels/backends.py."""
+
+    name: str = "triton"
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """None when `problem` can run, else the reason."""
+        if problem.device_type != "cuda" and not interpreted():
+            return f"triton needs an NVIDIA GPU, the tensors are on {problem.device_type}"
+        if problem.device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            return "triton's kernel needs compute capability 8.0 or newer"
+        if problem.kv_dtype != problem.q_dtype or problem.q_dtype not in FLOAT_DTYPES:
+            return f"triton takes q and cache of one dtype, got {problem.q_dtype} and {problem.kv_dtype}"
+        if problem.page_size != PAGE_SIZE:
+            return f"triton takes pages of {PAGE_SIZE} tokens, got {problem.page_size}"
+        if problem.kv_lora_rank % 16 or problem.rope_dim % 16 or problem.rope_dim == 0:
+            sizes = f"{problem.kv_lora_rank} and {problem.rope_dim}"
+            return f"kv_lora_rank and rope dimension must be multiples of 16, got {sizes}"
+        return None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `mla_decode_triton`; raises ValueError for what it cannot run."""
+        check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
+        if reason := self.unsupported(Problem.of(q, k_cache, head_dim_v, causal)):
+            raise ValueError(reason)
+        return mla_decode_triton(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
 
 
 def mla_decode_triton(
