@@ -25,7 +25,7 @@ COMPILED = ("cpu", "hopper")
 # for.
 OPTIONAL = {
     "triton": ("kernels.triton_mla", "TritonBackend"),
-    "flash_mla": ("kernels.hopper_peer", "FlashMlaBackend"),
+    "flash_mla": ("kernels.flash_mla_backend", "FlashMlaBackend"),
 }
 NAMES = ("auto", *COMPILED, *OPTIONAL, "reference")
 
