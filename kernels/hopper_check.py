@@ -34,7 +34,7 @@ class Library:
     """The four functions of the C ABI, on torch tensors."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self._library = ctypes.CDLL(str(path.resolve()))
         self._library.mla_decode_workspace_bytes.restype = ctypes.c_uint64
         self._workspace: Tensor | None = None
 
