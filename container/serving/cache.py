@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from container.serving.attention import DecodeAttention
+from container.serving.attention import PAGE, DecodeAttention
 
-PAGE = 64  # tokens a page; the operator's page size
 NULL_PAGE = 0  # never allocated: padded rows of a captured decode batch write here
 
 

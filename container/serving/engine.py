@@ -99,11 +99,11 @@ class Engine:
         checkpoint = find_checkpoint(Path(model_dir))
         config = ModelConfig.from_folder(checkpoint)
         tokenizer = Tokenizer(find_tokenizer(checkpoint, Path(model_dir)))
-        attention = DecodeAttention(
-            backend, Path(kernel_dir) if kernel_dir else None, where, config, kv_cache_dtype
-        )
+        kind: torch.dtype = getattr(torch, dtype or config.dtype)
+        kernels = Path(kernel_dir) if kernel_dir else None
+        attention = DecodeAttention(backend, kernels, where, config, kind, kv_cache_dtype)
         limit = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
-        model = Model(config, checkpoint, where, getattr(torch, dtype or config.dtype), limit, progress)
+        model = Model(config, checkpoint, where, kind, limit, progress)
         cache = LatentCache(
             config.num_hidden_layers, _cache_pages(config, options, limit, where, attention), attention, where
         )

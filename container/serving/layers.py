@@ -143,7 +143,7 @@ class Attention:
         """[n, heads, nope], [n, heads, rope] -> [n, heads, v]; row i sees batch.rows.lengths[i] tokens."""
         absorbed = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
         q = torch.cat((absorbed, q_rope), dim=-1)
-        out = cache.attend(self.layer, q, batch.rows.block_table, batch.rows.lengths)
+        out = cache.attend(self.layer, q, batch.rows.block_table, batch.rows.lengths).to(q.dtype)
         return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
 
     def _prefill(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
