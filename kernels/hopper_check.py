@@ -69,6 +69,7 @@ class Library:
             return out, lse
 
         run.keep = (inputs, workspace)  # type: ignore[attr-defined]
+        run.size = size  # type: ignore[attr-defined]
         return run
 
 
@@ -181,13 +182,12 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], flush: Tensor | None, r
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
     names = list(graphs)
     for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        shuffled = random.sample(names, len(names))
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in names]
+        for name, (begin, end) in zip(shuffled, pairs, strict=True):
             if flush is not None:
                 flush.fill_(number % 2)
-            else:
-                torch.cuda._sleep(20000)  # time for the host to queue what follows
+            torch.cuda._sleep(150_000)  # time for the host to queue what follows
             begin.record()
             graphs[name].replay()
             end.record()

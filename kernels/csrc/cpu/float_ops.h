@@ -11,6 +11,7 @@ namespace {
 constexpr int kScoreTokens = W == 16 ? 4 : 2;
 constexpr int kSumVectors = W == 16 ? 4 : 2;
 constexpr int kRows = 4;
+constexpr int kFetchLines = 64;  // requested at once; more would wait for a free miss buffer
 
 // out[i * stride + j] = sum of the lanes of acc[i * 4 + j]
 template <int R, int T>
@@ -78,13 +79,16 @@ struct FloatOps {
     store_sums(acc, scores, kTile);
   }
 
-  static void scores(const float* q, int rows, const Token* tokens, int count, int width, float* scores) {
+  static void scores(const float* q, int rows, const Token* tokens, int count, int width, float* scores,
+                     Fetch& fetch) {
     for (int block = 0; block < count; block += 16) {
       const int stop = block + 16 < count ? block + 16 : count;
       int r = 0;
       for (; r + kRows <= rows; r += kRows)
-        for (int t = block; t < stop; t += kScoreTokens)
+        for (int t = block; t < stop; t += kScoreTokens) {
+          if (r == 0) fetch.lines(kFetchLines);
           score_block<kRows>(q + (size_t)r * width, tokens + t, width, scores + (size_t)r * kTile + t);
+        }
       for (; r < rows; ++r)
         for (int t = block; t < stop; t += kScoreTokens)
           score_block<1>(q + (size_t)r * width, tokens + t, width, scores + (size_t)r * kTile + t);
@@ -128,23 +132,16 @@ struct FloatOps {
                       sum + (size_t)r * stride + column, stride);
   }
 
-  static void accumulate(const float* weights, int rows, const Token* tokens, int count, int rank, int width,
-                         const float* alpha, float* sum, int stride, const Token* next, int next_count) {
-    // While the sums run from the cache hierarchy, memory is idle: fetch the next tile.
-    const int line_bytes = width * dtype_bytes(D);
-    const int steps = (rank + kSumVectors * W - 1) / (kSumVectors * W);
-    int column = 0;
-    for (int step = 0; step < steps; ++step) {
-      const int fetch_end = next_count * (step + 1) / steps;
-      for (int t = next_count * step / steps; t < fetch_end; ++t)
-        for (int byte = 0; byte < line_bytes; byte += 64) __builtin_prefetch(next[t] + byte, 0, 2);
+  static void accumulate(const float* weights, int rows, const Token* tokens, int count, int rank,
+                         const float* alpha, float* sum, int stride, Fetch& fetch) {
+    for (int column = 0; column < rank; column += kSumVectors * W) {
+      fetch.lines(kFetchLines);
       if (column + kSumVectors * W <= rank) {
         sum_columns<kSumVectors>(weights, rows, tokens, count, column, alpha, sum, stride);
       } else {
         for (int rest = column; rest < rank; rest += W)
           sum_columns<1>(weights, rows, tokens, count, rest, alpha, sum, stride);
       }
-      column += kSumVectors * W;
     }
   }
 };

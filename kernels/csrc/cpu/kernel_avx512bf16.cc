@@ -32,8 +32,8 @@ struct DotOps {
 
   static void load_query(uint16_t* to, const unsigned char* from, int, int width) { memcpy(to, from, width * 2); }
 
-  template <int R>
-  static MLA_INLINE void score_block(const uint16_t* q, const Token* tokens, int width, float* scores) {
+  template <int R, bool FETCH>
+  static MLA_INLINE void score_block(const uint16_t* q, const Token* tokens, int width, float* scores, Fetch& fetch) {
     __m512 acc[R][4];
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i)
@@ -50,7 +50,10 @@ struct DotOps {
       }
     };
     int d = 0;
-    for (; d + 32 <= width; d += 32) step(d, [](const void* from) { return load_pairs(from); });
+    for (; d + 32 <= width; d += 32) {
+      if (FETCH) fetch.lines(2);
+      step(d, [](const void* from) { return load_pairs(from); });
+    }
     if (d < width) step(d, [](const void* from) { return load_half(from); });
     vf sums[R][4];
 #pragma GCC unroll 4
@@ -60,23 +63,34 @@ struct DotOps {
     store_sums(sums, scores, kTile);
   }
 
-  static void scores(const uint16_t* q, int rows, const Token* tokens, int count, int width, float* scores) {
+  template <int R>
+  static MLA_INLINE void score_rows(const uint16_t* q, int row, const Token* tokens, int begin, int end, int width,
+                                    float* scores, Fetch& fetch) {
+    q += (size_t)row * width;
+    scores += (size_t)row * kTile;
+    for (int t = begin; t < end; t += 4)
+      if (row == 0)
+        score_block<R, true>(q, tokens + t, width, scores + t, fetch);
+      else
+        score_block<R, false>(q, tokens + t, width, scores + t, fetch);
+  }
+
+  static void scores(const uint16_t* q, int rows, const Token* tokens, int count, int width, float* scores,
+                     Fetch& fetch) {
     for (int block = 0; block < count; block += 16) {
       const int stop = block + 16 < count ? block + 16 : count;
       int r = 0;
-      for (; r + 4 <= rows; r += 4)
-        for (int t = block; t < stop; t += 4)
-          score_block<4>(q + (size_t)r * width, tokens + t, width, scores + (size_t)r * kTile + t);
-      for (; r < rows; ++r)
-        for (int t = block; t < stop; t += 4)
-          score_block<1>(q + (size_t)r * width, tokens + t, width, scores + (size_t)r * kTile + t);
+      for (; r + 4 <= rows; r += 4) score_rows<4>(q, r, tokens, block, stop, width, scores, fetch);
+      if (rows - r == 3) score_rows<3>(q, r, tokens, block, stop, width, scores, fetch);
+      if (rows - r == 2) score_rows<2>(q, r, tokens, block, stop, width, scores, fetch);
+      if (rows - r == 1) score_rows<1>(q, r, tokens, block, stop, width, scores, fetch);
     }
   }
 
   // Rows i < R, columns [column, column + 32 * B) or, with HALF, 16 columns.
-  template <int R, int B, bool HALF>
+  template <int R, int B, bool HALF, bool FETCH>
   static MLA_INLINE void sum_block(const float* weights, const Token* tokens, int count, int column, const float* alpha,
-                                   float* sum, int stride) {
+                                   float* sum, int stride, Fetch& fetch) {
     __m512 acc[R][2 * B];
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
@@ -84,6 +98,7 @@ struct DotOps {
       for (int j = 0; j < 2 * B; ++j)
         acc[i][j] = _mm512_mul_ps(_mm512_loadu_ps(sum + (size_t)i * stride + j * 16), _mm512_set1_ps(alpha[i]));
     for (int t = 0; t < count; t += 2) {
+      if (FETCH) fetch.lines(2);
       const Token even = tokens[t] + column * 2, odd = tokens[t + 1] + column * 2;
       __m512bh c[2 * B];
 #pragma GCC unroll 2
@@ -108,37 +123,36 @@ struct DotOps {
       for (int j = 0; j < 2 * B; ++j) _mm512_storeu_ps(sum + (size_t)i * stride + j * 16, acc[i][j]);
   }
 
+  template <int R, int B, bool HALF>
+  static MLA_INLINE void sum_rows(const float* weights, int row, const Token* tokens, int count, int column,
+                                  const float* alpha, float* sum, int stride, Fetch& fetch) {
+    weights += (size_t)row * kTile;
+    sum += (size_t)row * stride + column;
+    if (row == 0)
+      sum_block<R, B, HALF, true>(weights, tokens, count, column, alpha + row, sum, stride, fetch);
+    else
+      sum_block<R, B, HALF, false>(weights, tokens, count, column, alpha + row, sum, stride, fetch);
+  }
+
   template <int B, bool HALF>
-  static MLA_INLINE void sum_columns(const float* weights, int rows, const Token* tokens, int count, int column,
-                                     const float* alpha, float* sum, int stride) {
+  static void sum_columns(const float* weights, int rows, const Token* tokens, int count, int column,
+                          const float* alpha, float* sum, int stride, Fetch& fetch) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4)
-      sum_block<4, B, HALF>(weights + (size_t)r * kTile, tokens, count, column, alpha + r,
-                            sum + (size_t)r * stride + column, stride);
-    for (; r < rows; ++r)
-      sum_block<1, B, HALF>(weights + (size_t)r * kTile, tokens, count, column, alpha + r,
-                            sum + (size_t)r * stride + column, stride);
+    for (; r + 4 <= rows; r += 4) sum_rows<4, B, HALF>(weights, r, tokens, count, column, alpha, sum, stride, fetch);
+    if (rows - r == 3) sum_rows<3, B, HALF>(weights, r, tokens, count, column, alpha, sum, stride, fetch);
+    if (rows - r == 2) sum_rows<2, B, HALF>(weights, r, tokens, count, column, alpha, sum, stride, fetch);
+    if (rows - r == 1) sum_rows<1, B, HALF>(weights, r, tokens, count, column, alpha, sum, stride, fetch);
   }
 
   // An odd count is rounded up: the weight after the last is 0 and the token list is padded.
-  static void accumulate(const float* weights, int rows, const Token* tokens, int count, int rank, int width,
-                         const float* alpha, float* sum, int stride, const Token* next, int next_count) {
-    const int steps = (rank + 63) / 64;
-    int step = 0;
-    for (int column = 0; column < rank; column += 64, ++step) {
-      // While the sums run from the cache hierarchy, memory is idle: fetch the next tile.
-      const int fetch_end = next_count * (step + 1) / steps;
-      for (int t = next_count * step / steps; t < fetch_end; ++t)
-        for (int byte = 0; byte < width * 2; byte += 64) _mm_prefetch(next[t] + byte, _MM_HINT_T1);
-      if (column + 64 <= rank) {
-        sum_columns<2, false>(weights, rows, tokens, count, column, alpha, sum, stride);
-        continue;
-      }
-      const int rest = rank - column;
-      if (rest >= 32) sum_columns<1, false>(weights, rows, tokens, count, column, alpha, sum, stride);
-      if (rest % 32 != 0)
-        sum_columns<1, true>(weights, rows, tokens, count, column + rest / 32 * 32, alpha, sum, stride);
-    }
+  static void accumulate(const float* weights, int rows, const Token* tokens, int count, int rank, const float* alpha,
+                         float* sum, int stride, Fetch& fetch) {
+    int column = 0;
+    for (; column + 64 <= rank; column += 64)
+      sum_columns<2, false>(weights, rows, tokens, count, column, alpha, sum, stride, fetch);
+    for (; column + 32 <= rank; column += 32)
+      sum_columns<1, false>(weights, rows, tokens, count, column, alpha, sum, stride, fetch);
+    if (column < rank) sum_columns<1, true>(weights, rows, tokens, count, column, alpha, sum, stride, fetch);
   }
 };
 

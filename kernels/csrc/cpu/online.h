@@ -16,6 +16,22 @@ namespace {
 
 typedef const unsigned char* Token;
 
+// The cache lines of the next tile, to be requested a few at a time between multiplications: memory then works while
+// the current tile is multiplied out of the caches.
+struct Fetch {
+  const Token* tokens;
+  int count, token_bytes;
+  int token, byte;
+
+  MLA_INLINE void lines(int n) {
+    for (int i = 0; i < n && token < count; ++i) {
+      __builtin_prefetch(tokens[token] + byte, 0, 2);
+      byte += 64;
+      if (byte >= token_bytes) byte = 0, ++token;
+    }
+  }
+};
+
 MLA_INLINE size_t align64(size_t n) { return (n + 63) / 64 * 64; }
 
 struct Scratch {
@@ -90,15 +106,15 @@ void run_tile(const Segment& s, const State& state, const Scratch& w, int row_be
               int next_count) {
   const int width = s.width, stride = Ops::acc_stride(s.rank), rows = row_end - row_begin;
   float* scores = w.scores + (size_t)row_begin * kTile;
+  Fetch fetch = {w.next, next_count, width * dtype_bytes(s.kv_dtype), 0, 0};
   Ops::scores(reinterpret_cast<const typename Ops::Q*>(w.q) + (size_t)row_begin * width, rows, w.tokens,
-              (count + 3) / 4 * 4, width, scores);
+              (count + 3) / 4 * 4, width, scores, fetch);
   // -inf - -inf would be NaN, so a scale of 0 (uniform weights) is applied as the smallest positive number.
   const float scale = s.scale_log2 == 0.0f ? 1e-38f : s.scale_log2;
   for (int r = 0; r < rows; ++r)
     w.alpha[r] = softmax_row<Ops>(scores + (size_t)r * kTile, count, scale, state.maximum + row_begin + r,
                                   state.total + row_begin + r);
-  Ops::accumulate(scores, rows, w.tokens, count, s.rank, width, w.alpha, state.sum + (size_t)row_begin * stride, stride,
-                  w.next, next_count);
+  Ops::accumulate(scores, rows, w.tokens, count, s.rank, w.alpha, state.sum + (size_t)row_begin * stride, stride, fetch);
 }
 
 template <class Ops>

@@ -148,13 +148,16 @@ __device__ __forceinline__ void consume_left(const Params& params, Schedule& sch
     float maximum[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.f, 0.f};
     mbarrier_wait(barriers.query_full, items & 1);
+    MLA_TRACE(3);
 #pragma unroll 1
     for (int t = work.first; t < work.last; ++t, ++tile) {
       const uint32_t stage = tile % kStages;
       mbarrier_wait(barriers.cache_full + 8 * stage, tile / kStages & 1);
       const uint32_t stage_address = base + kCacheOffset + stage * kTileBytes;
+      MLA_TRACE(4);
       compute_scores<T>(s, query, matrix_descriptor(stage_address, 16, 1024));
       if (t == work.last - 1 && lane == 0) mbarrier_arrive(barriers.query_empty);
+      MLA_TRACE(5);
 
       // Online softmax in log2 units; a thread holds 16 columns of each of its two rows.
       float alpha[2];
@@ -191,6 +194,7 @@ __device__ __forceinline__ void consume_left(const Params& params, Schedule& sch
         sum[i] = sum[i] * alpha[i] + partial;
       }
 
+      MLA_TRACE(6);
       if (tile > 0) named_sync(kWeightsFree, 256);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -212,6 +216,7 @@ __device__ __forceinline__ void consume_left(const Params& params, Schedule& sch
       } else {
         named_arrive(kWeightsReady, 256);
       }
+      MLA_TRACE(7);
       if (t > work.first) rescale(o, alpha[0], alpha[1]);
       const uint64_t values = matrix_descriptor(stage_address, kSlabBytes, 1024);
       wgmma_fence();
@@ -220,6 +225,7 @@ __device__ __forceinline__ void consume_left(const Params& params, Schedule& sch
       wgmma_commit();
       wgmma_wait<0>();
       if (lane == 0) mbarrier_arrive(barriers.cache_empty + 8 * stage);
+      MLA_TRACE(8);
     }
 
     float inverse[2];
@@ -248,9 +254,11 @@ __device__ __forceinline__ void consume_left(const Params& params, Schedule& sch
       store_partial(params, cta, slot, warp, 0, lane, o);
       announce_part(params, work, m_tile, 0, thread);
     }
+    MLA_TRACE(9);
     ++items;
   }
   if (tile > 0) named_sync(kWeightsFree, 256);
+  MLA_TRACE(10);
 }
 
 template <typename T>
@@ -321,6 +329,7 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
   const uint32_t base = (unaligned + 1023) & ~1023u;
   char* smem = dynamic_smem + (base - unaligned);
 
+  MLA_TRACE(0);
   const int cta = blockIdx.x;
   const int group = cta / params.m_tiles;
   const int m_tile = cta - group * params.m_tiles;
@@ -353,7 +362,9 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
     }
   } else {
     grow_registers<216>();
+    MLA_TRACE(1);
     Schedule schedule(params, group, lane);
+    MLA_TRACE(2);
     Splits splits;
     const bool has_empty_items = schedule.has_empty_items;
     if (warp < 4) {
@@ -374,6 +385,7 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
       for (int slot = 0; slot < 2; ++slot) {
         const Split split = slot == 0 ? splits.first : splits.last;
         if (split.parts > 0) merge<T>(params, split, m_tile, threadIdx.x, scratch);
+        MLA_TRACE(16 + slot);
       }
     }
   }

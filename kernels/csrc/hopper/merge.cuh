@@ -99,6 +99,7 @@ __device__ __forceinline__ void merge(const Params& params, const Split& split, 
     while (load_acquire(params.arrived + split.head) != wanted) {
     }
   }
+  MLA_TRACE(11);
   named_sync(kMergeBarrier, kMergeThreads);
 
   // Weights: exp2(maximum of the part - maximum) / denominator, for every part and row.
@@ -112,6 +113,7 @@ __device__ __forceinline__ void merge(const Params& params, const Split& split, 
     stats[part * stride + row] = __ldcg(source + row);
   }
   named_sync(kMergeBarrier, kMergeThreads);
+  MLA_TRACE(12);
   const int lanes = rows <= 16 ? 16 : (rows <= 32 ? 8 : 4);  // lanes that share a row
   const int row = thread / lanes;
   if (row < rows) {  // uniform over every group of `lanes` lanes
@@ -136,6 +138,7 @@ __device__ __forceinline__ void merge(const Params& params, const Split& split, 
   }
   named_sync(kMergeBarrier, kMergeThreads);
 
+  MLA_TRACE(13);
   const int pieces = params.row_groups * 64;
   const int share = (pieces + split.parts - 1) / split.parts;
   const int begin = min(split.mine * share, pieces);
@@ -179,6 +182,7 @@ __device__ __forceinline__ void merge(const Params& params, const Split& split, 
     }
   }
 
+  MLA_TRACE(14);
   // The last to finish leaves the counters as the next launch expects them.
   named_sync(kMergeBarrier, kMergeThreads);
   if (thread == 0) {

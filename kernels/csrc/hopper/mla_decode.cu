@@ -247,6 +247,9 @@ Params kernel_params(const mla_decode_params& p, int ctas) {
   k.finished = k.arrived + kMaxCtas;
   k.stats = reinterpret_cast<float2*>(workspace + kCounterBytes);
   k.partial = reinterpret_cast<float4*>(workspace + kCounterBytes + stats_bytes(ctas));
+#ifdef MLA_HOPPER_TRACE
+  k.trace = reinterpret_cast<long long*>(reinterpret_cast<char*>(k.partial) + partial_bytes(ctas, k.row_groups));
+#endif
   return k;
 }
 
@@ -259,7 +262,11 @@ const char* mla_decode_target(void) { return "hopper"; }
 uint64_t mla_decode_workspace_bytes(const mla_decode_params* params) {
   if (params == nullptr || params->struct_bytes != sizeof(mla_decode_params)) return 0;
   const int ctas = current_device().ctas;
-  return kCounterBytes + stats_bytes(ctas) + partial_bytes(ctas, row_groups(*params));
+  uint64_t bytes = kCounterBytes + stats_bytes(ctas) + partial_bytes(ctas, row_groups(*params));
+#ifdef MLA_HOPPER_TRACE
+  bytes += uint64_t(ctas) * 32 * sizeof(long long);
+#endif
+  return bytes;
 }
 
 int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t error_bytes) {
