@@ -105,7 +105,8 @@ def verify_kernel(s3: Any, package: ModelPackage) -> dict[str, Any]:
     if not index.get("sha256") == combined_sha256(hashes) == registered:
         raise StepError(
             f"Kernel hash differs: {package.kernel_uri.rstrip('/')}/index.json says {index.get('sha256')}, "
-            f"its packages give {combined_sha256(hashes)}, model package {package.arn} was registered with {registered or 'none'}.",
+            f"its packages give {combined_sha256(hashes)}, "
+            f"model package {package.arn} was registered with {registered or 'none'}.",
             again,
         )
     for target, expected in hashes.items():

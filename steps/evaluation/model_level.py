@@ -1,7 +1,7 @@
 """The model level: the engine that will serve, against transformers with the same weights.
 
 transformers shares no code with the engine: it expands keys and values from the latent at every step and
-knows no page and no kernel. Agreement says that weights, rotary embedding, routing, cache and kernel are right.
+knows no page and no kernel. Agreement says that weights, rotation, routing, cache and kernel are right.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def run_transformers(checkpoint: Path, prompts: list[list[int]], device: torch.d
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     architecture = ModelConfig.from_folder(checkpoint).architecture
     try:
         model = getattr(transformers, architecture).from_pretrained(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from steps.evaluation import plots
-from steps.evaluation.schema import Evaluation
+from steps.evaluation.schema import OUT_OF_BOUNDS, Evaluation
 
 
 @dataclass(frozen=True)
@@ -46,64 +47,69 @@ def render(evaluation: Evaluation, provenance: Mapping[str, Any]) -> str:
         verdict=verdict(evaluation),
         summary=summary(evaluation),
         figures=figures(evaluation),
-        latency_plot=jinja2.utils.markupsafe.Markup(plots.latency_plot(latency.cases)),
-        error_plot=jinja2.utils.markupsafe.Markup(plots.error_plot(evaluation.correctness.cases)),
-        bandwidth_plot=jinja2.utils.markupsafe.Markup(
-            plots.bandwidth_plot(latency.cases, latency.limit_gbps)
-        ),
+        latency_plot=Markup(plots.latency_plot(latency.cases)),
+        error_plot=Markup(plots.error_plot(evaluation.correctness.cases)),
+        bandwidth_plot=Markup(plots.bandwidth_plot(latency.cases, latency.limit_gbps)),
     )
 
 
 def verdict(evaluation: Evaluation) -> str:
     """The headline in one sentence."""
+    cases, speedup = evaluation.correctness.cases, evaluation.gate.speedup
     if not evaluation.correctness.passed:
-        failed = sum(not case.passed for case in evaluation.correctness.cases)
-        return f"Not correct: {failed} of {len(evaluation.correctness.cases)} cases exceed their bound"
-    speedup = evaluation.gate.speedup
-    pace = (
-        f"{speedup:.2f}× as fast as the torch baseline"
-        if speedup >= 1
-        else (f"slower than the torch baseline ({speedup:.2f}×)")
-    )
-    return f"Correct, and {pace}"
+        return (
+            f"Not correct: {sum(not case.passed for case in cases)} of {len(cases)} cases exceed their bound"
+        )
+    if speedup < 1:
+        return f"Correct, but slower than the torch baseline ({speedup:.2f}×)"
+    return f"Correct, and {speedup:.2f}× as fast as the torch baseline"
 
 
 def summary(evaluation: Evaluation) -> str:
     """What stands behind the headline, for someone who reads no further."""
     correct = [entry.backend for entry in evaluation.contest if entry.correct]
     cases, model = evaluation.correctness.cases, evaluation.model
-    asked = evaluation.requested.backend
     chosen = (
         f"Backend {evaluation.backend} was the fastest of {len(correct)} correct ones ({', '.join(correct)})."
-        if asked == "auto" and len(correct) > 1
+        if len(correct) > 1
         else f"Backend {evaluation.backend} was measured."
     )
     passed = sum(case.passed for case in cases)
-    return (
-        f"{chosen} {passed} of {len(cases)} cases lie within their bound against the float64 definition. "
+    served = (
         f"The served model gives {model.tokens_equal} of {model.tokens_total} greedy tokens as transformers "
         f"gives them with the same weights; its logits differ by {_error(model.logits_relative_error)}."
+        if model
+        else "With this kernel the model could not be run."
+    )
+    return (
+        f"{chosen} {passed} of {len(cases)} cases lie within their bound of the float64 definition. {served}"
     )
 
 
 def figures(evaluation: Evaluation) -> list[Figure]:
     """The headline numbers."""
-    gate, model, latency = evaluation.gate, evaluation.model, evaluation.latency
+    gate, latency = evaluation.gate, evaluation.latency
     slowest = min(latency.cases, key=lambda case: case.speedup)
     best = max(latency.cases, key=lambda case: case.gbps)
-    step = model.decode_step_ms
-    return [
-        Figure("Speed-up", f"{gate.speedup:.2f}", "×", f"least {slowest.speedup:.2f}× ({slowest.name})"),
-        Figure(
-            "Decode step", f"{gate.decode_latency_ms:.3g}", "ms", f"p90 {step.p90:.3g}, p99 {step.p99:.3g} ms"
-        ),
-        Figure("Generation", f"{model.tokens_per_s:.0f}", "tokens/s", "whole model, batch 1"),
-        Figure("Relative error", _error(gate.relative_error), "", "worst of kernel and logits"),
-        Figure(
-            "Tokens equal", f"{gate.tokens_equal_percent:.4g}", "%", f"of {model.tokens_total} greedy tokens"
-        ),
-        Figure("Bandwidth", f"{best.gbps:.3g}", "GB/s", f"memory reads {latency.limit_gbps:.3g} GB/s"),
+    error = "not finite" if gate.relative_error >= OUT_OF_BOUNDS else _error(gate.relative_error)
+    numbers = [
+        Figure("Speed-up", f"{gate.speedup:.2f}", "×", f"least {slowest.speedup:.2f}× (case {slowest.name})"),
+        Figure("Relative error", error, "", "worst of kernel and logits"),
+        Figure("Bandwidth", f"{best.gbps:.3g}", "GB/s", f"the memory reads {latency.limit_gbps:.3g} GB/s"),
     ]
+    if model := evaluation.model:
+        step = model.decode_step_ms
+        numbers += [
+            Figure("Decode step", f"{step.p50:.3g}", "ms", f"p90 {step.p90:.3g} ms, p99 {step.p99:.3g} ms"),
+            Figure("Generation", f"{model.tokens_per_s:.0f}", "tokens/s", "whole model, batch 1"),
+            Figure(
+                "Tokens equal",
+                f"{gate.tokens_equal_percent:.4g}",
+                "%",
+                f"of {model.tokens_total} greedy tokens",
+            ),
+        ]
+    return numbers
 
 
 def _title(provenance: Mapping[str, Any]) -> str:
