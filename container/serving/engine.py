@@ -53,7 +53,7 @@ class Options:
 
 
 class Engine:
-    """Generates with continuous batching. `step` is called by one thread; `add` and `abort` by any.
+    """Generates with continuous batching. `step` is called by one thread; the other methods by any.
 
     Build it with `Engine.load`. For a plain batch of prompts use `generate`; a server adds sequences and calls
     `step` in a loop.
@@ -126,6 +126,17 @@ class Engine:
 
     def add(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
         """Queues a prompt (text or token ids). Raises BadRequest when it cannot be served at all."""
+        sequence = self.prepare(prompt, sampling)
+        self.enqueue(sequence)
+        return sequence
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Queues a prepared sequence; waits for a running step."""
+        with self._lock:
+            self.scheduler.add(sequence)
+
+    def prepare(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
+        """Checks a prompt and makes its sequence without queueing it; never waits for a running step."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise BadRequest("prompt is empty; give at least one token", "prompt")
@@ -150,11 +161,8 @@ class Engine:
                 generator.seed()
             else:
                 generator.manual_seed(sampling.seed)
-        with self._lock:
-            detokenizer = Detokenizer(self.tokenizer, sampling.stop)
-            sequence = Sequence(next(self._ids), ids, sampling, detokenizer, generator)
-            self.scheduler.add(sequence)
-        return sequence
+        detokenizer = Detokenizer(self.tokenizer, sampling.stop)
+        return Sequence(next(self._ids), ids, sampling, detokenizer, generator)
 
     def abort(self, sequence: Sequence) -> None:
         """Ends a sequence early and frees its pages; does nothing if it has finished."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
 
@@ -25,6 +26,10 @@ class Tokenizer:
         template = path.with_name("chat_template.jinja") if path else None
         if template and template.is_file():
             self.config["chat_template"] = template.read_text()
+        source = self.config.get("chat_template")
+        # the template comes with the model, so it runs sandboxed
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self._template = environment.from_string(source) if isinstance(source, str) else None
 
     @property
     def available(self) -> bool:
@@ -46,6 +51,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self._need().decode(list(ids), skip_special_tokens=True)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation through the checkpoint's chat template. Raises TokenizerMissing."""
+        self._need()
+        if self._template is None:
+            raise TokenizerMissing("the checkpoint has no chat template; use a prompt instead of messages")
+        special = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, str)}
+        text = self._template.render(messages=messages, add_generation_prompt=True, **special)
+        return self.encode(text, special=False)
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own name of one id, for logprobs; its number when there is no tokenizer."""

@@ -1,0 +1,66 @@
+"""`python -m container.serving` (an image's `serve`): the model server on SageMaker's port until SIGTERM."""
+
+import logging
+import sys
+
+import uvicorn
+
+from container.serving.engine import Engine, Options
+from container.serving.server import create_app
+from container.serving.settings import ServerSettings, SettingsError
+
+DRAIN_SECONDS = 25  # SageMaker kills 30 s after SIGTERM
+
+
+def load(settings: ServerSettings) -> Engine:
+    """The engine that the settings describe."""
+    return Engine.load(
+        settings.model_dir,
+        settings.kernel_dir,
+        backend=settings.backend,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        options=Options(
+            max_batch=settings.max_batch,
+            step_tokens=settings.step_tokens,
+            max_model_len=settings.max_model_len,
+            cache_tokens=settings.cache_tokens,
+            num_threads=settings.num_threads,
+        ),
+    )
+
+
+def main() -> int:
+    """Serves until a signal. Returns 0, or 1 when the settings or the model cannot be used."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    import os
+
+    try:
+        settings = ServerSettings.from_environment(os.environ)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    app = create_app(settings, load)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        access_log=False,
+        log_config=None,
+    )
+    server = uvicorn.Server(config)
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    serving = app.state.serving
+    serving.on_failure = give_up
+    server.run()
+    if serving.failure:
+        print(f"error: {serving.failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
