@@ -1,4 +1,4 @@
-"""Print the requirements of pyproject.toml's extras, one a line: `python3 container/requirements.py serve job`.
+"""Print the requirements of extras of pyproject.toml, one a line: `python3 container/requirements.py serve`.
 
 An image needs what an extra lists but not the project's own dependencies: those are for the workstation that
 controls the pipelines (the SageMaker SDK alone is 250 MB). pip cannot install an extra without them.

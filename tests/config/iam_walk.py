@@ -1,15 +1,16 @@
-"""Walk recorded AWS calls against the roles of the template: is each allowed, and is anything allowed that nobody uses?
+"""Walk recorded AWS calls against the template's roles: is each allowed, and is anything allowed unused?
 
-Every call carries the step that made it; the template's `Metadata.MlaPipeline.Roles` names the step's role. The evaluator
-knows what the template's identity policies use: Allow and Deny, actions, resources with wildcards, and the condition
-operators below. Statements whose Sid begins with `Service` are used by the service on the role's behalf (image pulls,
-uploads of outputs, logs): no recorder sees these, so they do not count as unused.
+Every call carries the step that made it; the template's `Metadata.MlaPipeline.Roles` names the step's role.
+The evaluator knows what the template's identity policies use: Allow and Deny, actions, resources with
+wildcards, and the condition operators below. Statements whose Sid begins with `Service` are used by the service
+on the role's behalf (image pulls, uploads of outputs, logs): no recorder sees these, so they never count as
+unused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ from tests.config.template import Stack
 
 @dataclass(frozen=True)
 class Call:
-    """One request: `service` and `operation` as botocore names them, `resource` the ARN it touches, "*" for none.
+    """One request: `service` and `operation` as botocore names them, `resource` the ARN or "*".
 
     context: condition keys of the request, e.g. {"iam:PassedToService": "sagemaker.amazonaws.com"}.
     """
@@ -66,7 +67,7 @@ class Report:
 
 
 def statements(stack: Stack, role: str) -> list[Statement]:
-    """All statements of a role: inline, by attached managed policies, by managed policies that name the role."""
+    """All statements of a role: inline, of attached managed policies, of those that name it."""
     properties = stack.of_type("AWS::IAM::Role")[role]
     documents = [policy["PolicyDocument"] for policy in properties.get("Policies", [])]
     attached = properties.get("ManagedPolicyArns", [])
@@ -93,7 +94,7 @@ def decide(call: Call, allowed_by: Sequence[Statement]) -> tuple[Statement | Non
 
 
 def walk(calls: Iterable[Call], stack: Stack) -> Report:
-    """Check every call against its step's role and collect what no call used, for the roles of steps that called."""
+    """Check every call against its step's role and collect what the calling steps' roles allow unused."""
     by_step: dict[str, list[Statement]] = {}
     used: set[tuple[str, str, str]] = set()
     denied: list[tuple[Call, str]] = []
@@ -147,7 +148,7 @@ def _statement(role: str, one: Mapping[str, Any]) -> Statement:
 
 
 def _holds(operator: str, block: Mapping[str, Any], context: Mapping[str, str]) -> bool:
-    """A condition block: every key must match one of its values; an absent key fails unless the operator forgives it."""
+    """A condition block: each key matches a value; an absent key fails unless the operator forgives it."""
     if operator == "Null":
         return all((key not in context) == (str(value).lower() == "true") for key, value in block.items())
     base = operator.removesuffix("IfExists")
@@ -168,7 +169,7 @@ def _same(expected: str, actual: str) -> bool:
     return expected == actual
 
 
-_OPERATORS = {
+_OPERATORS: dict[str, Callable[[str, str], bool]] = {
     "ArnEquals": matches,
     "ArnLike": matches,
     "Bool": lambda expected, actual: expected.lower() == actual.lower(),

@@ -1,6 +1,6 @@
 """Our own linter of the templates' policies: small registered checks, each with one sentence of reason.
 
-`findings(stack)` runs them all on a resolved stack; a finding names the resource, the statement and what is wrong.
+`findings(stack)` runs them all on a resolved stack; a finding names the resource, the statement, the problem.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def no_wildcard_action(stack: Stack, every: list[Place]) -> Iterator[str]:
 
 @check
 def no_wildcard_resource(stack: Stack, every: list[Place]) -> Iterator[str]:
-    """Only actions without a resource level may name every resource; a key's policy means its own key by `*`."""
+    """Only actions without a resource level may name `*`; in a key's policy it means that key."""
     for place in every:
         if place.kind == "identity" and place.allows and "*" in place.resources:
             for action in sorted(set(place.actions) - NO_RESOURCE_LEVEL):
@@ -140,7 +140,7 @@ def no_negations(stack: Stack, every: list[Place]) -> Iterator[str]:
 
 @check
 def statements_have_names(stack: Stack, every: list[Place]) -> Iterator[str]:
-    """A Sid is what a denial and the walk of recorded calls can point to; it must be the only one in its resource."""
+    """A Sid is what a denial and the walk of recorded calls can point to, so it must be unique there."""
     seen: set[tuple[str, str, str]] = set()
     for place in every:
         key = (place.resource, place.kind, place.statement.get("Sid", ""))

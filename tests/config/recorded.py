@@ -1,4 +1,4 @@
-"""Which resources a botocore request touches: the bridge from a recorder (service, operation, parameters) to `Call`s."""
+"""Which resources a botocore request touches: from (service, operation, parameters) to `Call`s."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def calls(
 ) -> list[Call]:
     """Every permission the request needs: one call a resource, and iam:PassRole for a role it hands over.
 
-    Raises NotImplementedError for an operation this table does not know, so that a new call cannot go unchecked.
+    Raises NotImplementedError for an operation the table lacks, so that a new call cannot go unchecked.
     """
     arn = f"arn:aws:sagemaker:{region}:{account}:"
     found = [

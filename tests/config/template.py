@@ -1,7 +1,7 @@
 """Read a CloudFormation template and resolve it for given parameters, as far as its policies need.
 
-`Stack` evaluates conditions and intrinsic functions and gives each resource the name and ARN that AWS would give it, so
-that a policy can be read as IAM reads it: `arn:aws:s3:::mla-artifacts-111122223333-us-east-1/...`.
+`Stack` evaluates conditions and intrinsic functions and gives each resource the name and ARN that AWS would
+give it, so that a policy reads as IAM reads it: `arn:aws:s3:::mla-artifacts-111122223333-us-east-1/...`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def load(path: Path = CORE) -> dict[str, Any]:
 
 
 class Stack:
-    """A template with parameters. `resources`: logical id -> resource whose condition holds, properties resolved."""
+    """A template with parameters. `resources`: logical id -> resolved resource, unless its condition fails."""
 
     def __init__(self, template: Mapping[str, Any], parameters: Mapping[str, str] | None = None) -> None:
         declared = template.get("Parameters", {})

@@ -56,7 +56,7 @@ def test_cfn_lint_finds_nothing() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template_can_be_sent_without_a_bucket(name: str) -> None:
-    """CreateStack takes 51,200 bytes of text; a longer template would need a bucket before the stack makes one."""
+    """CreateStack takes 51,200 bytes of text; a longer one would need a bucket before the stack makes it."""
     assert len(TEMPLATES[name].read_bytes()) <= 51_200
 
 
