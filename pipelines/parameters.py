@@ -6,6 +6,7 @@ belongs to an environment, so it stands in `config/*.yaml` under `parameters`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -61,6 +62,8 @@ class Parameter:
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 raise ValueError
             parsed: Value = {"String": str, "Integer": int, "Float": float}[self.type](value)
+            if isinstance(parsed, float) and not math.isfinite(parsed):
+                raise ValueError
             if self.type == "Integer" and isinstance(value, float) and value != parsed:
                 raise ValueError
         except ValueError:

@@ -29,6 +29,9 @@ os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")  # only for the import;
 warnings.filterwarnings("ignore", message="Running within a PipelineSession")
 for noisy in ("sagemaker", "sagemaker.core", "sagemaker.mlops", "sagemaker.config"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
+# The SDK calls logging.basicConfig(INFO) on import; a root logger that has a handler is left alone.
+_placeholder = logging.NullHandler()
+logging.getLogger().addHandler(_placeholder)
 
 import boto3  # noqa: E402
 from sagemaker.core.config.config_manager import SageMakerConfig  # noqa: E402
@@ -62,6 +65,7 @@ from sagemaker.mlops.workflow.model_step import ModelStep  # noqa: E402
 from sagemaker.mlops.workflow.pipeline import Pipeline  # noqa: E402
 from sagemaker.mlops.workflow.steps import CacheConfig, ProcessingStep  # noqa: E402
 
+logging.getLogger().removeHandler(_placeholder)
 SageMakerConfig.validate_sagemaker_config = staticmethod(lambda config=None: None)
 
 if TYPE_CHECKING:

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import lint, parameters
+from pipelines.gate import LIMITS
+from pipelines.release import kernel_sources_sha256
+from pipelines.settings import Settings
+
+RENDER = """
+import hashlib, sys
+from pipelines.settings import Settings
+from pipelines import release, production
+settings = Settings.load("local")
+text = release.get_pipeline(settings).definition() + production.get_pipeline(settings).definition()
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def steps(definition: str) -> dict[str, dict[str, Any]]:
+    return {step["Name"]: step for step, _ in lint.walk(json.loads(definition)["Steps"])}
+
+
+def test_the_steps_are_those_of_the_design(definitions: dict[str, str]) -> None:
+    assert list(steps(definitions["release"])) == [
+        "PullModel", "CompileKernel", "Evaluate", "QualityGate", "RegisterModel", "CreateModel",
+        "CreateEndpointConfig", "DeployStaging", "SmokeTest", "RecordRelease", "GateFailed",
+    ]  # fmt: skip
+    assert list(steps(definitions["production"])) == ["VerifyPackage", "DeployProduction", "RecordPromotion"]
+
+
+def test_pull_and_compile_do_not_wait_for_each_other(definitions: dict[str, str]) -> None:
+    parsed = lint.Definition(definitions["release"])
+    assert parsed.needs(parsed.steps["PullModel"]) == set()
+    assert parsed.needs(parsed.steps["CompileKernel"]) == set()
+    assert parsed.needs(parsed.steps["Evaluate"]) == {"PullModel", "CompileKernel"}
+
+
+def test_nothing_is_recorded_before_the_smoke_test(definitions: dict[str, str]) -> None:
+    parsed = lint.Definition(definitions["release"])
+    assert "SmokeTest" in parsed.needs(parsed.steps["RecordRelease"])
+    assert "DeployStaging" in parsed.needs(parsed.steps["SmokeTest"])
+
+
+def test_parameters_are_the_table(definitions: dict[str, str], settings: Settings) -> None:
+    for pipeline, table in parameters.PIPELINES.items():
+        rendered = {one["Name"]: one for one in json.loads(definitions[pipeline])["Parameters"]}
+        assert list(rendered) == [one.name for one in table]
+        for one in table:
+            assert rendered[one.name]["Type"] == one.type
+            assert tuple(rendered[one.name].get("EnumValues", ())) == one.enum
+            default = getattr(settings.parameters, pipeline).get(one.name)
+            assert rendered[one.name].get("DefaultValue") == default
+            assert one.required == (default is None)
+
+
+def test_every_parameter_is_used(definitions: dict[str, str]) -> None:
+    for definition in definitions.values():
+        document = json.loads(definition)
+        used = set(lint.gets(document["Steps"]))
+        assert {f"Parameters.{one['Name']}" for one in document["Parameters"]} <= used
+
+
+def test_the_gate_is_the_table_of_limits(definitions: dict[str, str]) -> None:
+    names = {"==": "Equals", "<=": "LessThanOrEqualTo", ">=": "GreaterThanOrEqualTo"}
+    gate = steps(definitions["release"])["QualityGate"]
+    found = [
+        (one["Type"], one["LeftValue"]["Std:JsonGet"]["Path"], one["RightValue"])
+        for one in gate["Arguments"]["Conditions"]
+    ]
+    assert found == [
+        (
+            names[limit.operator],
+            f"gate.{limit.field}",
+            {"Get": f"Parameters.{limit.bound}"} if isinstance(limit.bound, str) else limit.bound,
+        )
+        for limit in LIMITS
+    ]
+    message = json.dumps(steps(definitions["release"])["GateFailed"])
+    assert all(f"gate.{limit.field}" in message and limit.words in message for limit in LIMITS)
+
+
+def test_the_package_and_staging_hold_the_same_container(definitions: dict[str, str]) -> None:
+    found = steps(definitions["release"])
+    package = found["RegisterModel"]["Arguments"]["InferenceSpecification"]["Containers"][0]
+    assert package == found["CreateModel"]["Arguments"]["PrimaryContainer"]
+    assert package["AdditionalModelDataSources"][0]["ChannelName"] == "kernel"
+    for source in (package["ModelDataSource"], package["AdditionalModelDataSources"][0]):
+        assert source["S3DataSource"]["S3Uri"]["Std:Join"]["Values"][-1] == "/"  # S3Prefix must end so
+
+
+def test_the_service_names_jobs_and_models(definitions: dict[str, str]) -> None:
+    text = json.dumps(definitions)
+    for word in ("ProcessingJobName", '\\"ModelName\\": \\"', "SAGEMAKER_PROGRAM", "CertifyForMarketplace"):
+        assert word not in text
+
+
+def test_no_secret_and_no_experiment_is_in_a_definition() -> None:
+    from pipelines import release
+
+    document = json.loads(release.get_pipeline(Settings.load("dev")).definition())
+    environment = steps(json.dumps(document))["PullModel"]["Arguments"]["Environment"]
+    assert environment["MLA_DATABRICKS_SECRET_ARN"].startswith("arn:aws:secretsmanager:")
+    assert document["PipelineExperimentConfig"] is None
+    assert not any("TOKEN" in name or name.endswith("SECRET") for name in environment)
+
+
+def test_network_keys_and_cache_reach_the_steps() -> None:
+    from pipelines import production, release
+
+    settings = Settings.load("production")
+    assert settings.network
+    found = steps(release.get_pipeline(settings).definition())
+    found |= steps(production.get_pipeline(settings).definition())
+    for step in found.values():
+        if step["Type"] == "Processing":
+            cluster = step["Arguments"]["ProcessingResources"]["ClusterConfig"]
+            assert step["Arguments"]["NetworkConfig"]["VpcConfig"]["Subnets"] == list(
+                settings.network.subnets
+            )
+            assert cluster["VolumeKmsKeyId"] == settings.kms_key
+            assert ("CacheConfig" in step) == (step["Name"] == "CompileKernel")
+    assert found["CreateModel"]["Arguments"]["VpcConfig"]["SecurityGroupIds"]
+    environment = found["CompileKernel"]["Arguments"]["Environment"]
+    assert environment["MLA_INSTANCE_TYPE"] == {"Get": "Parameters.ProcessingInstanceType"}
+    assert environment["MLA_SOURCE_SHA256"] == kernel_sources_sha256()
+
+
+def test_a_change_of_a_kernel_source_changes_the_cache_key(tmp_path: Path) -> None:
+    source = tmp_path / "csrc" / "a.cpp"
+    source.parent.mkdir()
+    source.write_text("int a;")
+    before = kernel_sources_sha256(tmp_path)
+    source.write_text("int b;")
+    assert kernel_sources_sha256(tmp_path) != before
+
+
+def test_two_processes_render_the_same_bytes() -> None:
+    hashes = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            environment.pop(name, None)
+        ended = subprocess.run(
+            [sys.executable, "-c", RENDER], env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stderr == ""
+        hashes.add(ended.stdout)
+    assert len(hashes) == 1
+
+
+def test_rendering_is_fast_and_calls_no_aws(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import botocore.endpoint
+
+    from pipelines import release
+
+    def refuse(*args: object, **more: object) -> None:
+        raise AssertionError("an AWS call")
+
+    monkeypatch.setattr(botocore.endpoint.Endpoint, "make_request", refuse)
+    started = time.process_time()
+    release.get_pipeline(settings).definition()
+    assert time.process_time() - started < 3
