@@ -1,0 +1,196 @@
+"""The sandbox as a whole: puts the parts together, serves them on loopback, takes everything down again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from werkzeug.serving import BaseWSGIServer, make_server
+
+from pipelines.sandbox.api import Account, Api, Tags
+from pipelines.sandbox.backends import Backends
+from pipelines.sandbox.containers import Runtime
+from pipelines.sandbox.executions import Execution, Executions
+from pipelines.sandbox.front import Front
+from pipelines.sandbox.interpreter import Interpreter
+from pipelines.sandbox.isolation import choose
+from pipelines.sandbox.jobs import ProcessingJobs
+from pipelines.sandbox.objects import Objects
+from pipelines.sandbox.pipelines import Pipelines
+from pipelines.sandbox.processes import Children
+from pipelines.sandbox.steps import Steps
+
+HOST = "127.0.0.1"
+SERVE_COMMAND = (sys.executable, "-m", "container.serving")
+REPOSITORY = Path(__file__).resolve().parents[2]
+_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "sandbox", "AWS_SECRET_ACCESS_KEY": "sandbox"}
+_running = threading.Lock()
+
+
+class PortTaken(OSError):
+    """The port asked for is in use."""
+
+
+class Sandbox:
+    """AWS on loopback: ``with Sandbox(folder) as sandbox: boto3.client("s3",
+    endpoint_url=sandbox.endpoint_url)``.
+
+    One at a time in a process, because moto's state belongs to the process. All state is in memory or in
+    scratch files below ``state_dir``; nothing outlives ``stop``.
+
+    Args:
+        state_dir: scratch folder; made when missing.
+        port: TCP port, 0 for a free one.
+        job_environment: variables that every job and endpoint gets below its own, such as MLA_KERNEL_CACHE.
+        serve_command: what an endpoint's container runs; the image's ``serve`` by default.
+        code: working directory of every job and endpoint.
+        isolation: ``bubblewrap``, ``unshare`` or ``environment``; the strongest that works by default.
+        grace_s: seconds between SIGTERM and SIGKILL.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        port: int = 0,
+        job_environment: Mapping[str, str] | None = None,
+        *,
+        serve_command: Sequence[str] = SERVE_COMMAND,
+        code: Path = REPOSITORY,
+        region: str = "us-east-1",
+        isolation: str | None = None,
+        grace_s: float = 5.0,
+    ) -> None:
+        self.account = Account(region=region)
+        self._state_dir, self._port, self._code = Path(state_dir).resolve(), port, code
+        self._job_environment = dict(job_environment or {})
+        self._serve_command, self._grace_s = list(serve_command), grace_s
+        self._isolation = choose(isolation)
+        self._server: BaseWSGIServer | None = None
+
+    @property
+    def endpoint_url(self) -> str:
+        """What AWS_ENDPOINT_URL must be; only while it runs."""
+        if self._server is None:
+            raise RuntimeError("the sandbox is not running: use it as a context manager, or call start()")
+        return f"http://{HOST}:{self._server.socket.getsockname()[1]}"
+
+    @property
+    def isolation(self) -> str:
+        """How jobs get their own /opt/ml: bubblewrap, unshare or environment."""
+        return self._isolation.name
+
+    def __enter__(self) -> Sandbox:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serve in background threads.
+
+        Raises:
+            PortTaken: the port is in use.
+            RuntimeError: a sandbox already runs in this process.
+        """
+        if not _running.acquire(blocking=False):
+            raise RuntimeError(
+                "a sandbox already runs in this process; stop it first, or start another process"
+            )
+        try:
+            self._build()
+        except BaseException:
+            _running.release()
+            raise
+
+    def stop(self) -> None:
+        """End every job, endpoint and execution, then the server. May be called twice."""
+        if self._server is None:
+            return
+        self._executions.stop_all()
+        self._children.close(self._grace_s)
+        self._server.shutdown()
+        self._server.server_close()
+        self._server = None
+        _running.release()
+
+    def _build(self) -> None:
+        # moto keeps an object below this size in memory, a larger one in a temporary file
+        os.environ.setdefault("MOTO_S3_DEFAULT_KEY_BUFFER_SIZE", str(1 << 20))
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+        api, tags, backends = Api(self.account), Tags(), Backends(self.account)
+        backends.reset()
+        front = Front(api, DomainDispatcherApplication(create_backend_app))
+        server = _make_server(self._port, front)
+        self._children = Children()
+        runtime = Runtime(
+            self.account,
+            backends,
+            Objects(backends, self._state_dir / "objects"),
+            self._children,
+            self._isolation,
+            self._state_dir,
+            self._code,
+            self._variables(server.socket.getsockname()[1]),
+            self._grace_s,
+        )
+        jobs = ProcessingJobs(self.account, runtime, tags)
+        pipelines = Pipelines(self.account, backends, tags)
+        steps = Steps(api, jobs.wait)
+        self._executions = Executions(
+            self.account,
+            pipelines,
+            lambda execution: Interpreter(execution, steps, self._executions, backends).run(),
+            self._on_execution,
+        )
+        for part in (tags, jobs, pipelines, self._executions):
+            api.register(part.actions())
+        self._server = server
+        threading.Thread(target=server.serve_forever, name="sandbox-server", daemon=True).start()
+
+    def _variables(self, port: int) -> dict[str, str]:
+        region = self.account.region
+        own = {
+            "AWS_ENDPOINT_URL": f"http://{HOST}:{port}",
+            "AWS_DEFAULT_REGION": region,
+            "AWS_REGION": region,
+        }
+        return {**self._job_environment, **_CREDENTIALS, **own}
+
+    def _on_execution(self, execution: Execution, previous: str) -> None:
+        pass
+
+
+def _make_server(port: int, app: Any) -> BaseWSGIServer:
+    from moto.moto_server.werkzeug_app import MotoRequestHandler
+
+    class Handler(MotoRequestHandler):
+        disable_nagle_algorithm = (
+            True  # headers and body are separate writes: 40 ms each with delayed ACK otherwise
+        )
+
+        def log(self, type: str, message: str, *args: Any) -> None:
+            pass
+
+    # werkzeug ends the process when it cannot bind, so it is given a socket that is bound already
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise PortTaken(
+            f"port {port} on {HOST}: {error.strerror}; choose another one, or 0 for a free one"
+        ) from None
+    with listener:
+        return make_server(HOST, port, app, threaded=True, request_handler=Handler, fd=listener.fileno())
