@@ -129,7 +129,18 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def table(measurements: Sequence[Measurement]) -> str:
     """A Markdown table, and the geometric mean of the speed-ups of each backend."""
-    head = ("backend", "case", "h_q", "p50 us", "p90 us", "baseline us", "speed-up", "GB/s", "of limit", "GFLOP/s")
+    head = (
+        "backend",
+        "case",
+        "h_q",
+        "p50 us",
+        "p90 us",
+        "baseline us",
+        "speed-up",
+        "GB/s",
+        "of limit",
+        "GFLOP/s",
+    )
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for m in measurements:
         lines.append(

@@ -98,7 +98,9 @@ def make_inputs(
     if poison:
         cache[~used] = 0xFF if fp8 else float("nan")
     q = torch.randn(b, s_q, h_q, 576, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
-    return peers.Inputs(q, cache, table, torch.tensor(lengths, dtype=torch.int32, device="cuda"), SCALE, causal)
+    return peers.Inputs(
+        q, cache, table, torch.tensor(lengths, dtype=torch.int32, device="cuda"), SCALE, causal
+    )
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -126,12 +128,18 @@ def check_cases() -> list[tuple[str, dict[str, Any]]]:
         ("batch 150", {"lengths": [300 + i for i in range(150)], "h_q": 32, "s_q": 1, "dtype": fp16}),
         ("odd heads", {"lengths": [700, 1, 0, 129], "h_q": 7, "s_q": 3, "dtype": bf16}),
         ("causal", {"lengths": [1000, 3, 1, 0, 64, 65], "h_q": 16, "s_q": 4, "dtype": bf16, "causal": True}),
-        ("causal 128 heads", {"lengths": [500, 2, 4000], "h_q": 128, "s_q": 2, "dtype": bf16, "causal": True}),
+        (
+            "causal 128 heads",
+            {"lengths": [500, 2, 4000], "h_q": 128, "s_q": 2, "dtype": bf16, "causal": True},
+        ),
         ("512 rows", {"lengths": [500, 2, 3000], "h_q": 128, "s_q": 4, "dtype": fp16, "causal": True}),
         ("ragged", {"lengths": ragged, "h_q": 48, "s_q": 1, "dtype": bf16}),
         ("ragged 100 heads causal", {"lengths": ragged, "h_q": 100, "s_q": 2, "dtype": bf16, "causal": True}),
         ("all empty", {"lengths": [0, 0, 0], "h_q": 16, "s_q": 1, "dtype": bf16}),
-        ("long tail", {"lengths": [4641, 45118, 1730, 1696], "h_q": 16, "s_q": 4, "dtype": bf16, "causal": True}),
+        (
+            "long tail",
+            {"lengths": [4641, 45118, 1730, 1696], "h_q": 16, "s_q": 4, "dtype": bf16, "causal": True},
+        ),
     ]
 
 
@@ -177,7 +185,9 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], flush: Tensor | None, rounds: int) -> dict[str, list[float]]:
+def time_graphs(
+    graphs: dict[str, torch.cuda.CUDAGraph], flush: Tensor | None, rounds: int
+) -> dict[str, list[float]]:
     """Microseconds of every replay, interleaved; `flush` is overwritten before each one."""
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
     names = list(graphs)
@@ -221,7 +231,9 @@ def time_cases(
         pages = (s_k + 63) // 64
         table = torch.randperm(b * pages, device="cuda").int().view(b, pages)
         q = torch.randn(b, s_q, h_q, 576, device="cuda", dtype=torch.bfloat16)
-        inputs = peers.Inputs(q, pool[: b * pages], table, torch.full((b,), s_k, dtype=torch.int32, device="cuda"), SCALE)
+        inputs = peers.Inputs(
+            q, pool[: b * pages], table, torch.full((b,), s_k, dtype=torch.int32, device="cuda"), SCALE
+        )
         graphs = {}
         keep = []
         for variant, settings in variants.items():
@@ -270,7 +282,9 @@ def main() -> int:
             else:
                 names.append(name)
         cases = [tuple(map(int, text.split(","))) for text in options.time.split()]
-        time_cases(library, cases, json.loads(options.variants), names, options.rounds, options.warm, options.fp8)  # type: ignore[arg-type]
+        time_cases(
+            library, cases, json.loads(options.variants), names, options.rounds, options.warm, options.fp8
+        )  # type: ignore[arg-type]
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,12 +107,14 @@ def mla_decode_absorbed(
     softmax_scale: float | None = None,
     causal: bool = False,
     compute_dtype: torch.dtype | None = None,
+    attend: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator as two batched matrix products in `compute_dtype` (default: the cache's, so the fastest).
 
-    Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one
-    and masked; pages that no row uses are never read. With a 16-bit `compute_dtype` torch rounds the scores
-    to 16 bits: that is the baseline's speed and its error; `compute_dtype=torch.float32` is accurate.
+    Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one and
+    masked only where their lengths differ; pages that no row uses are never read. With a 16-bit `compute_dtype`
+    torch rounds the scores to 16 bits: that is the baseline's speed and its error; torch.float32 is accurate.
+    `attend` replaces the tensor part, for `compiled_absorbed`.
     """
     b, s_q, h_q, width = q.shape
     scale = width**-0.5 if softmax_scale is None else softmax_scale
@@ -124,35 +125,49 @@ def mla_decode_absorbed(
             torch.zeros(b, s_q, h_q, head_dim_v, dtype=q.dtype, device=q.device),
             torch.full((b, h_q, s_q), float("inf"), device=q.device),
         )
-    used = (longest + page_size - 1) // page_size
-    counts = visible_tokens(cache_seqlens, s_q, causal)  # [b, s_q]
-    uniform = int(counts.min()) == longest
-    pages = (cache_seqlens + page_size - 1) // page_size
-    inside = torch.arange(used, device=q.device) < pages[:, None]
-    table = block_table[:, :used] if uniform else block_table[:, :used].where(inside, 0)
-    keys = k_cache[table.long(), :, 0].flatten(1, 2)[:, :longest]
+    table = block_table[:, : (longest + page_size - 1) // page_size]
     if k_cache.dtype == torch.uint8:
-        keys = dequantize_fp8_ds_mla(keys, compute_dtype or q.dtype)
-    keys = keys.to(compute_dtype or keys.dtype)
-    if not uniform:  # memory past a row's length may hold NaN, and 0 * NaN is NaN
-        stale = torch.arange(longest, device=q.device)[None] >= cache_seqlens[:, None]
+        k_cache = dequantize_fp8_ds_mla(k_cache, compute_dtype or q.dtype)
+    dtype = compute_dtype or k_cache.dtype
+    counts = visible_tokens(cache_seqlens, s_q, causal)  # [b, s_q]
+    if int(counts.min()) == longest:
+        return (attend or _attend)(q, k_cache, table, longest, head_dim_v, scale, dtype)
+    position = torch.arange(longest, device=q.device)
+    stale = position[None] >= cache_seqlens[:, None]
+    table = table.masked_fill(stale[:, ::page_size], 0)
+    hidden = (position >= counts[..., None]).repeat_interleave(h_q, 1)
+    out, lse = (attend or _attend)(q, k_cache, table, longest, head_dim_v, scale, dtype, stale, hidden)
+    empty = counts == 0
+    out = out.masked_fill(empty[:, :, None, None], 0)
+    return out, lse.masked_fill(empty[:, None], float("inf"))
+
+
+def _attend(
+    q: Tensor,
+    k_cache: Tensor,
+    table: Tensor,
+    longest: int,
+    head_dim_v: int,
+    scale: float,
+    dtype: torch.dtype,
+    stale: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gather, score, softmax, sum. `stale` [b, longest] marks memory that may hold NaN, `hidden` [b, s_q * h_q,
+    longest] the tokens that a query must not see."""
+    b, s_q, h_q, width = q.shape
+    keys = k_cache[table.long(), :, 0].flatten(1, 2)[:, :longest].to(dtype)
+    if stale is not None:  # 0 * NaN is NaN, so weights of 0 do not suffice
         keys = keys.masked_fill(stale[..., None], 0)
-    scores = torch.bmm(q.reshape(b, s_q * h_q, width).to(keys.dtype), keys.transpose(1, 2)).float() * scale
-    if not uniform:
-        hidden = torch.arange(longest, device=q.device) >= counts.repeat_interleave(h_q, 1)[..., None]
+    scores = torch.bmm(q.reshape(b, s_q * h_q, width).to(dtype), keys.transpose(1, 2)).float() * scale
+    if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None]).to(keys.dtype)
-    out = torch.bmm(weights, keys[..., :head_dim_v]).to(q.dtype).view(b, s_q, h_q, head_dim_v)
-    lse = lse.view(b, s_q, h_q)
-    if not uniform:
-        empty = counts == 0
-        out = out.masked_fill(empty[:, :, None, None], 0)
-        lse = lse.masked_fill(empty[:, :, None], float("inf"))
-    return out, lse.transpose(1, 2).contiguous()
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    out = torch.bmm(torch.exp(scores - lse).to(dtype), keys[..., :head_dim_v]).to(q.dtype)
+    return out.view(b, s_q, h_q, head_dim_v), lse.view(b, s_q, h_q).transpose(1, 2).contiguous()
 
 
 @functools.cache
-def compiled_absorbed() -> Callable[..., Any]:
-    """`mla_decode_absorbed` under torch.compile; dynamic shapes, so that one compilation serves a whole bench."""
-    return torch.compile(mla_decode_absorbed, dynamic=True)
+def compiled_absorbed() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`mla_decode_absorbed` with its tensor part under torch.compile; dynamic shapes serve a whole bench."""
+    return functools.partial(mla_decode_absorbed, attend=torch.compile(_attend, dynamic=True))

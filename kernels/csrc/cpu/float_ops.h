@@ -155,9 +155,9 @@ void run_any(const Segment& s, const State& state, unsigned char* scratch) {
     run_segment<FloatOps<MLA_DTYPE_FLOAT16>>(s, state, scratch);
 }
 
-constexpr Kernel make_float_kernel(const char* name) {
+constexpr Kernel make_float_kernel(const char* name, int macs_per_ns) {
   typedef FloatOps<MLA_DTYPE_FLOAT32> Ops;  // scratch and store do not depend on the cache's dtype
-  return {name, scratch_bytes<Ops>, Ops::acc_stride, run_any, store_row<Ops>};
+  return {name, macs_per_ns, scratch_bytes<Ops>, Ops::acc_stride, run_any, store_row<Ops>};
 }
 
 }  // namespace

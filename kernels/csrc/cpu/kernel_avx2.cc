@@ -3,7 +3,7 @@
 namespace mla {
 
 const Kernel& avx2_kernel() {
-  static const Kernel kernel = make_float_kernel("avx2");
+  static const Kernel kernel = make_float_kernel("avx2", 20);
   return kernel;
 }
 

@@ -3,7 +3,7 @@
 namespace mla {
 
 const Kernel& avx512_kernel() {
-  static const Kernel kernel = make_float_kernel("avx512");
+  static const Kernel kernel = make_float_kernel("avx512", 40);
   return kernel;
 }
 

@@ -159,7 +159,7 @@ struct DotOps {
 }  // namespace
 
 const Kernel& avx512bf16_kernel() {
-  static const Kernel kernel = {"avx512bf16", scratch_bytes<DotOps>, DotOps::acc_stride, run_segment<DotOps>,
+  static const Kernel kernel = {"avx512bf16", 90, scratch_bytes<DotOps>, DotOps::acc_stride, run_segment<DotOps>,
                                 store_row<DotOps>};
   return kernel;
 }

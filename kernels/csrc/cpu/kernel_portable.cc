@@ -3,7 +3,7 @@
 namespace mla {
 
 const Kernel& portable_kernel() {
-  static const Kernel kernel = make_float_kernel("portable");
+  static const Kernel kernel = make_float_kernel("portable", 4);
   return kernel;
 }
 

@@ -22,6 +22,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kSegmentsPerThread = 2;  // slack for the dynamic schedule when a core is slow
 constexpr int kMinChunk = 64;          // tokens; below, merging costs more than it gains
+constexpr int64_t kThreadNs = 30000;   // least work of a thread; waking it and waiting for it costs microseconds
 constexpr size_t kAlign = 256;
 
 int fail(char* error, size_t bytes, int code, const char* format, ...) {
@@ -86,12 +87,23 @@ int visible(const mla_decode_params& p, int batch) {
   return n > 0 ? n : 0;
 }
 
-int partition(const mla_decode_params& p, const Layout& l, Item* items) {
+int64_t total_tokens(const mla_decode_params& p) {
   int64_t total = 0;
   for (int b = 0; b < p.batch; ++b) total += visible(p, b);
-  total *= l.groups;
-  const int64_t wanted = (int64_t)l.threads * kSegmentsPerThread;
-  int64_t chunk = l.threads == 1 ? (int64_t)1 << 40 : (total + wanted - 1) / wanted;
+  return total;
+}
+
+// At most l.threads, fewer when each would have less than kThreadNs of work.
+int useful_threads(const mla_decode_params& p, const Layout& l, const Kernel& kernel) {
+  const int64_t macs = (int64_t)p.s_q * p.h_q * (2 * p.kv_lora_rank + p.rope_dim) * total_tokens(p);
+  const int64_t threads = macs / kernel.macs_per_ns / kThreadNs;
+  return threads < 1 ? 1 : threads < l.threads ? (int)threads : l.threads;
+}
+
+int partition(const mla_decode_params& p, const Layout& l, int threads, Item* items) {
+  const int64_t total = total_tokens(p) * l.groups;
+  const int64_t wanted = (int64_t)threads * kSegmentsPerThread;
+  int64_t chunk = threads == 1 ? (int64_t)1 << 40 : (total + wanted - 1) / wanted;
   if (chunk < kMinChunk) chunk = kMinChunk;
   int count = 0, slots = 0;
   for (int b = 0; b < p.batch; ++b) {
@@ -206,7 +218,8 @@ void store_rows(const mla_decode_params& p, const Layout& l, const Kernel& kerne
 void execute(const mla_decode_params& p, const Layout& l, const Kernel& kernel) {
   unsigned char* workspace = static_cast<unsigned char*>(p.workspace);
   Item* items = reinterpret_cast<Item*>(workspace + l.items);
-  const int count = partition(p, l, items);
+  const int threads = useful_threads(p, l, kernel);
+  const int count = partition(p, l, threads, items);
   const int rows = p.s_q * p.h_q;
   bool split = false;
   for (int i = 0; i < count; ++i) split |= items[i].slot >= 0;
@@ -262,8 +275,7 @@ void execute(const mla_decode_params& p, const Layout& l, const Kernel& kernel) 
       store_rows(p, l, kernel, item, parts, item.num_slots, begin, end);
     }
   };
-  const int threads = count < l.threads && !split ? count : l.threads;
-  if (threads <= 1) {
+  if (threads == 1 || count == 1) {
     work(0);
     if (split) merge();
     return;

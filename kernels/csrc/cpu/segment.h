@@ -45,6 +45,7 @@ struct Output {
 
 struct Kernel {
   const char* name;
+  int macs_per_ns;  // multiply-adds of a core, roughly; decides how many threads a small problem is worth
   // Bytes of a thread's scratch for groups of `rows` rows, and floats of a row of State::sum.
   size_t (*scratch_bytes)(int rows, int width);
   int (*acc_stride)(int rank);
