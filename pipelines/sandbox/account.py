@@ -1,4 +1,4 @@
-"""What config/infrastructure.yaml makes on AWS, for a sandbox: the artifact bucket and the pipelines' role."""
+"""What config/infrastructure.yaml makes on AWS, for a sandbox: the artifact bucket and the role."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def page(items: list[dict[str, Any]], params: dict[str, Any], key: str) -> dict[
 def ordered(
     items: list[dict[str, Any]], params: dict[str, Any], keys: dict[str, str], default: str
 ) -> list[dict]:
-    """Sort summaries by ``SortBy`` (a map from its values to members) and ``SortOrder`` (default Descending)."""
+    """Sort by ``SortBy`` (``keys``: its values to members) and ``SortOrder`` (default Descending)."""
     member = keys[params.get("SortBy", default)]
     return sorted(
         items, key=lambda i: i[member], reverse=params.get("SortOrder", "Descending") == "Descending"

@@ -147,7 +147,8 @@ class Container:
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for the command to end: its exit status, or None after the timeout."""
-        assert self._child and self._log
+        assert self._child
+        assert self._log
         try:
             status = self._child.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -19,7 +19,7 @@ class ServiceError(Exception):
 
 
 def invalid(message: str) -> ServiceError:
-    """The request is wrong: SageMaker's code for nearly every bad input, and for missing models and endpoints."""
+    """A wrong request: SageMaker's code for nearly every bad input, and for missing models and endpoints."""
     return ServiceError("ValidationException", message)
 
 

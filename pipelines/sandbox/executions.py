@@ -160,7 +160,7 @@ class Executions:
     def cached(
         self, execution: Execution, step: str, key: str, max_age_s: float
     ) -> tuple[str, StepState] | None:
-        """The newest successful run of the same step with the same key in another execution of the pipeline."""
+        """The newest success of the same step with the same key in another execution of the pipeline."""
         best: tuple[str, StepState] | None = None
         for other in list(self._executions.values()):
             state = other.steps.get(step)

@@ -221,8 +221,8 @@ CONDITION_TYPES = (*_COMPARISONS, "In", "Not", "Or", "And")
 def _compare(kind: str, left: Any, right: Any) -> bool:
     if _kind(left) != _kind(right):
         raise ExpressionError(
-            f"{kind} compares a {_kind(left)} ({left!r}) with a {_kind(right)} ({right!r}); both must be of
-            one kind"
+            f"{kind} compares a {_kind(left)} ({left!r}) with a {_kind(right)} ({right!r}); "
+            "both must be of one kind"
         )
     if kind != "Equals" and _kind(left) == "boolean":
         raise ExpressionError(f"{kind} cannot order booleans ({left!r}, {right!r})")

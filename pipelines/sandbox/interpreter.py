@@ -1,4 +1,4 @@
-"""Runs a stored pipeline definition (version 2020-12-01): which step may start, which never will, how it ends."""
+"""Runs a stored pipeline definition (version 2020-12-01): which step may start, and how it all ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processing jobs: CreateProcessingJob runs the container's entry point as a subprocess with its own /opt/ml."""
+"""Processing jobs: the container's entry point runs as a subprocess with its own /opt/ml."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class ProcessingJobs:
         done: dict[str, Any] = {"ExitMessage": message[:MAX_REASON]} if message else {}
         if status is None:
             container.stop()
-            reason = f"MaxRuntimeExceeded: The job ran longer than its MaxRuntimeInSeconds of {limit} and was stopped."
+            reason = f"MaxRuntimeExceeded: The job was stopped after its MaxRuntimeInSeconds of {limit}."
             return {
                 "ProcessingJobStatus": "Stopped" if job.stop_wanted.is_set() else "Failed",
                 "FailureReason": reason,

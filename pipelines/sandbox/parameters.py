@@ -69,7 +69,8 @@ def _value_problems(parameter: dict[str, Any], text: str) -> Iterator[str]:
         return
     enum = parameter.get("EnumValues")
     if enum and text not in [str(e) for e in enum]:
-        yield f'instance value ("{text}") not found in enum (possible values: {json.dumps(enum, separators=(",", ":"))})'
+        values = json.dumps(enum, separators=(",", ":"))
+        yield f'instance value ("{text}") not found in enum (possible values: {values})'
 
 
 def start_parameters(

@@ -6,6 +6,7 @@ thread that lives as long as the sandbox; a sandbox that is killed outright then
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -39,22 +40,18 @@ class Child:
         return self._popen.poll()
 
     def stop(self, grace_s: float) -> int:
-        """SIGTERM to the command, SIGKILL to its whole group after ``grace_s`` seconds; returns the exit status."""
+        """SIGTERM to the command, SIGKILL to its group after ``grace_s`` seconds; returns the exit status."""
         if self._popen.poll() is None:
             _signal(_command_pid(self._popen.pid), signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
         return self._popen.wait()
 
     def kill(self) -> None:
         """SIGKILL to the whole group."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 class Children:
@@ -118,7 +115,7 @@ class Children:
 
 
 def _command_pid(pid: int) -> int:
-    """The command itself: below bwrap's monitor and its init, which would die of SIGTERM before passing it on."""
+    """The command itself: below bwrap's monitor and init, which die of SIGTERM without passing it on."""
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         try:
@@ -135,7 +132,5 @@ def _command_pid(pid: int) -> int:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass

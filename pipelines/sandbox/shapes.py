@@ -50,7 +50,7 @@ def problems(action: str, params: dict[str, Any]) -> list[str]:
 
 
 def unknown_members(action: str, params: dict[str, Any]) -> list[str]:
-    """Members that ``action`` does not have; the JSON protocol ignores them, a pipeline definition must not."""
+    """Members that ``action`` does not have: the JSON protocol ignores them, a definition must not."""
     return [p for p in problems(action, params) if p.startswith("Unknown Argument member")]
 
 
@@ -84,8 +84,8 @@ def _structure(shape: Shape, value: dict[str, Any], path: str) -> Iterator[str]:
     prefix = f"{path}." if path else ""
     for name in shape.required_members:
         if value.get(name) is None:
-            yield f"Value null at '{prefix}{_camel(name)}' failed to satisfy constraint: Member must not be
-            null"
+            where = f"{prefix}{_camel(name)}"
+            yield f"Value null at '{where}' failed to satisfy constraint: Member must not be null"
     for name, item in value.items():
         if name not in shape.members:
             yield f"Unknown Argument member '{name}'" + (f" at '{path}'" if path else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import string
 from collections.abc import Callable
@@ -102,10 +103,8 @@ class Steps:
         return job
 
     def _stop_job(self, name: str) -> None:
-        try:
+        with contextlib.suppress(ServiceError):  # it may have ended by itself meanwhile
             self._api.call("StopProcessingJob", {"ProcessingJobName": name})
-        except ServiceError:
-            pass  # it ended by itself meanwhile
 
     def _condition(self, step: dict[str, Any], scope: Scope, running: Running) -> Any:
         outcome = str(all(evaluate(c, scope) for c in step["Arguments"]["Conditions"]))

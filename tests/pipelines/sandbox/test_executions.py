@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from tests.pipelines.sandbox.conftest import Aws
 
-WRITE = "import json,sys; json.dump({'gate': {'speedup': float(sys.argv[1])}}, open('/opt/ml/processing/output/evaluation/evaluation.json','w'))"
+WRITE = """
+import json, sys
+with open("/opt/ml/processing/output/evaluation/evaluation.json", "w") as file:
+    json.dump({"gate": {"speedup": float(sys.argv[1])}}, file)
+"""
+READ = """
+import json
+found = json.load(open("/opt/ml/processing/input/ev/evaluation.json"))
+print("got", found)
+open("/opt/ml/processing/output/o/copy", "w").write(str(found))
+"""
 
 
 def gate(aws: Aws) -> tuple[list[dict], list[dict]]:
@@ -23,10 +33,9 @@ def gate(aws: Aws) -> tuple[list[dict], list[dict]]:
             "Path": "gate.speedup",
         }
     }
-    read = "import sys,json; d=json.load(open('/opt/ml/processing/input/ev/evaluation.json')); print('got', d); open('/opt/ml/processing/output/o/copy','w').write(str(d))"
     use = aws.script(
         "Use",
-        read,
+        READ,
         outputs=("o",),
         inputs={"ev": {"Get": "Steps.Evaluate.ProcessingOutputConfig.Outputs['evaluation'].S3Output.S3Uri"}},
     )
