@@ -2,8 +2,8 @@
 
 Every call carries the step that made it; the template's `Metadata.MlaPipeline.Roles` names the step's role.
 The evaluator knows what the template's identity policies use: Allow and Deny, actions, resources with
-wildcards, and the condition operators below. Statements whose Sid begins with `Service` are used by the service
-on the role's behalf (image pulls, uploads of outputs, logs): no recorder sees these, so they never count as
+wildcards, and the condition operators below. Statements whose Sid begins with `Service` are used by the
+service on the role's behalf (image pulls, uploads, logs): no recorder sees these, so they never count as
 unused.
 """
 

@@ -57,7 +57,10 @@ def load(path: Path = CORE) -> dict[str, Any]:
 
 
 class Stack:
-    """A template with parameters. `resources`: logical id -> resolved resource, unless its condition fails."""
+    """A template with parameters.
+
+    `resources`: logical id -> resource whose condition holds, resolved; `outputs` alike. `roles`: step -> id.
+    """
 
     def __init__(self, template: Mapping[str, Any], parameters: Mapping[str, str] | None = None) -> None:
         declared = template.get("Parameters", {})

@@ -204,3 +204,13 @@ def test_an_approval_reaches_only_the_production_account(core: dict[str, Any]) -
     assert [target["Arn"] for target in rule["Targets"]] == [
         f"arn:aws:events:{REGION}:{OTHER}:event-bus/default"
     ]
+
+
+def test_every_offered_instance_type_is_priced_or_said_not_to_be() -> None:
+    from pipelines.parameters import ENDPOINT_INSTANCES, PROCESSING_INSTANCES
+
+    prices = yaml.safe_load((CONFIG / "prices" / f"{REGION}.yaml").read_text(encoding="utf-8"))
+    assert set(ENDPOINT_INSTANCES) | set(PROCESSING_INSTANCES) <= set(prices["instance_hour"]) | set(
+        prices["unpriced"]
+    )
+    assert all(0 < price < 200 for price in prices["instance_hour"].values())
