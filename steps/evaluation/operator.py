@@ -11,7 +11,7 @@ import torch
 
 from container.serving.checkpoint import ModelConfig
 from kernels.arguments import Problem
-from kernels.backends import NAMES, Backend, BackendError, get_backend
+from kernels.backends import NAMES, Backend, BackendError, available_backends, get_backend
 from kernels.bench import Measurement, geometric_mean, measure, read_limit_gbps
 from kernels.checks import BOUNDS_REASON, correctness_cases, run_case
 from kernels.workloads import PAGE_SIZE, Case
@@ -131,6 +131,7 @@ def candidates(
     """Backends that can run every case of the workload, and the others' reasons in words."""
     able: dict[str, Backend] = {}
     reasons: dict[str, str] = {}
+    offered = available_backends(kernel_dir, device) if requested == "auto" else {requested}
     for name in NAMES if requested == "auto" else (requested,):
         if name == "auto":
             continue
@@ -143,6 +144,8 @@ def candidates(
         reason = next((why for problem in problems if (why := backend.unsupported(problem))), None)
         if reason:
             reasons[name] = reason
+        elif name not in offered:  # e.g. Triton's interpreter, which is correct on a CPU but no way to serve
+            reasons[name] = f"auto does not use it on a {device.type}"
         else:
             able[name] = backend
     return able, reasons

@@ -11,6 +11,8 @@ from steps.evaluation.schema import CorrectnessCase, LatencyCase
 WIDTH, ROW, TOP, BOTTOM = 920, 26, 30, 26
 LEFT, RIGHT = 230, 96  # room for the case names and for the figures at the end of a row
 
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 class LogAxis:
     """A horizontal logarithmic axis over the positive `values`, ending at round numbers."""
@@ -129,7 +131,7 @@ def scientific(value: float) -> str:
     """0.002 -> "2×10⁻³"."""
     exponent = math.floor(math.log10(value))
     factor = round(value / 10.0**exponent)
-    power = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    power = str(exponent).translate(SUPERSCRIPT)
     return f"10{power}" if factor == 1 else f"{factor}×10{power}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def render(evaluation: Evaluation, provenance: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"microseconds": plots.microseconds, "scientific": _error}
+    environment.filters |= {"microseconds": plots.microseconds, "scientific": _error, "powers": _powers}
     latency = evaluation.latency
     return environment.get_template("report.html.j2").render(
         evaluation=evaluation,
@@ -119,9 +120,14 @@ def _title(provenance: Mapping[str, Any]) -> str:
     return name if version == "-" else f"{name}, version {version}"
 
 
+def _powers(text: str) -> str:
+    """ "2^-9" -> "2⁻⁹"."""
+    return re.sub(r"\^(-?\d+)", lambda match: match[1].translate(plots.SUPERSCRIPT), text)
+
+
 def _error(value: float) -> str:
     """0.00213 -> "2.1×10⁻³"."""
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return mantissa + "×10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return mantissa + "×10" + str(int(exponent)).translate(plots.SUPERSCRIPT)
