@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -43,5 +46,40 @@ def test_the_context_holds_only_what_is_copied() -> None:
     assert kept == copied
 
 
-def test_serve_can_be_executed() -> None:
-    assert (REPOSITORY / "container" / "serve").stat().st_mode & 0o111 == 0o111
+def test_commands_can_be_executed() -> None:
+    commands = {path.name: path for path in (REPOSITORY / "container" / "bin").iterdir()}
+    assert set(commands) == {"python3", "serve"}
+    assert all(path.stat().st_mode & 0o111 == 0o111 for path in commands.values())
+
+
+@pytest.mark.parametrize(
+    ("driver", "used"),
+    [
+        ("NVIDIA UNIX x86_64 Kernel Module  535.274.02  Thu May 29 19:19:35 UTC 2025", True),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", True),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build", False),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  1000.1.02  Release Build", False),
+        (None, False),  # a machine without a GPU
+    ],
+)
+def test_compatibility_libraries_serve_an_older_driver_only(
+    tmp_path: Path, driver: str | None, used: bool
+) -> None:
+    compat, loaded = tmp_path / "compat", tmp_path / "version"
+    compat.mkdir()
+    (compat / "libcuda.so.580.95.05").touch()
+    (compat / "libcuda.so.1").symlink_to("libcuda.so.580.95.05")
+    if driver:
+        loaded.write_text(f"NVRM version: {driver}\nGCC version: gcc version 13.3.0\n")
+    script = (REPOSITORY / "container" / "bin" / "python3").read_text()
+    for path, stand_in in (
+        ("/usr/local/cuda/compat", compat),
+        ("/proc/driver/nvidia/version", loaded),
+        ("/opt/venv/bin/python3", "printenv"),
+    ):
+        assert path in script
+        script = script.replace(path, str(stand_in))
+    command = ["sh", "-c", script, "python3", "LD_LIBRARY_PATH"]
+    environment = {"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": "/before"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == (f"{compat}:/before" if used else "/before")
