@@ -53,7 +53,7 @@ def deploy_production(build: Builder, package: ProcessingStep) -> ProcessingStep
             "--endpoint-name": build.p.ProductionEndpointName,
             "--instance-type": build.p.EndpointInstanceType,
             "--instance-count": build.p.EndpointInstanceCount,
-            "--role-arn": settings.role,
+            "--role-arn": settings.role_of("endpoint"),
         },
         # One argument holds 256 characters, so the option comes in parts.
         repeated={"--deployment": [_json(settings.deployment), _json(settings.endpoint)]},

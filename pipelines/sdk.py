@@ -163,7 +163,7 @@ class Builder:
             encrypt_inter_container_traffic=settings.network.encrypt_traffic,
         )
         processor = Processor(
-            role=settings.role,
+            role=settings.role_of(name),
             image_uri=settings.images.job,
             instance_count=1,
             instance_type=instance_type or settings.jobs.control_instance_type,
@@ -224,7 +224,7 @@ class Builder:
             "SecurityGroupIds": list(self.settings.network.security_group_ids),
         }
         holder = self._holder()
-        self.session.create_model(None, self.settings.role, container, vpc_config=vpc)
+        self.session.create_model(None, self.settings.role_of("endpoint"), container, vpc_config=vpc)
         holder.create_model_request.pop("ModelName", None)
         return ModelStep(name=name, step_args=holder, description=description)
 

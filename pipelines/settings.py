@@ -19,6 +19,19 @@ from pipelines.errors import UserError, choose
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 NAME = r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*$"  # SageMaker's EntityName
 
+ROLES = (
+    "PullModel",
+    "CompileKernel",
+    "Evaluate",
+    "SmokeTest",
+    "RecordRelease",
+    "VerifyPackage",
+    "DeployProduction",
+    "RecordPromotion",
+    "endpoint",
+    "events",
+)
+
 # An execution's id and a dash are appended to a pipeline's name, and SageMaker takes 63 characters.
 Name = Annotated[str, StringConstraints(pattern=NAME, max_length=48)]
 Text = Annotated[str, StringConstraints(min_length=1)]
@@ -111,10 +124,8 @@ class Settings(_Strict):
     region: Annotated[str, StringConstraints(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")]
     bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
     prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")]
-    role: RoleArn  # of the pipelines, their jobs and the endpoints
-    events_role: RoleArn | None = (
-        None  # with which EventBridge starts the production pipeline; null takes `role`
-    )
+    role: RoleArn  # of the pipelines, and of whatever `roles` does not name
+    roles: Mapping[str, RoleArn] = Field(default_factory=dict)  # by step name, `endpoint` or `events`
     kms_key: str | None = None
     network: Network | None = None
     images: Images
@@ -125,6 +136,10 @@ class Settings(_Strict):
     deployment: Deployment
     cache: Cache
     parameters: Defaults
+
+    def role_of(self, name: str) -> str:
+        """The role of a processing step by its name, of the `endpoint`, or of the approval `events`."""
+        return self.roles.get(name, self.role)
 
     @property
     def role_name(self) -> str:
@@ -159,6 +174,10 @@ class Settings(_Strict):
             )
             for name in parameters.PIPELINES
         }
+        for name in settings.roles:
+            if name not in ROLES:
+                where = _origin(layers, "roles", name)
+                raise UserError(f"unknown key 'roles.{name}'", where, choose(name, ROLES))
         return settings.model_copy(update={"parameters": Defaults(**checked)})
 
 

@@ -110,7 +110,7 @@ def _plan_rule(aws: Aws, settings: Settings) -> Change:
     rule = _found(aws.events.describe_rule, Name=name)
     target = {
         "Id": TARGET,
-        "RoleArn": settings.events_role or settings.role,
+        "RoleArn": settings.role_of("events"),
         "SageMakerPipelineParameters": {
             "PipelineParameterList": [{"Name": "ModelPackageArn", "Value": "$.detail.ModelPackageArn"}]
         },

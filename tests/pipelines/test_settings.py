@@ -3,6 +3,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -42,6 +43,11 @@ def test_an_override_wins_and_settings_are_frozen() -> None:
     [
         ("mlflow.trackin_uri", "x", ["unknown key 'mlflow.trackin_uri'", "did you mean 'tracking_uri'?"]),
         ("buckett", "x", ["unknown key 'buckett'", "did you mean 'bucket'?"]),
+        (
+            "roles.PulModel",
+            "arn:aws:iam::111122223333:role/x",
+            ["'roles.PulModel'", "did you mean 'PullModel'?"],
+        ),
         ("environment", "x", ["unknown key 'environment'"]),
         ("deployment.canary_percent", 90, ["deployment.canary_percent = 90", "less than or equal to 50"]),
         ("jobs.volume_gb", "many", ["jobs.volume_gb = 'many'", "valid integer"]),
@@ -95,6 +101,7 @@ def test_an_unknown_environment_lists_the_known_ones() -> None:
         Settings.load("prod")
 
 
+@hypothesis.settings(deadline=None, max_examples=40)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=4))
 def test_no_value_escapes_as_another_exception(value: object) -> None:
     for key in ("jobs", "deployment.alarms", "parameters.release.Workload", "network", "region"):
