@@ -233,11 +233,11 @@ def record_release(
 
 
 def kernel_sources_sha256(folder: Path = KERNELS) -> str:
-    """One hash over the kernels' sources, so that a change of any of them misses the step cache."""
+    """One hash over what the build reads, so that a change of any of it misses the step cache."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".h", ".hpp", ".cpp", ".cu", ".cuh"):
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    sources = [path for path in (folder / "csrc").rglob("*") if path.is_file()]
+    for path in sorted([*sources, *folder.glob("build.py"), *folder.glob("targets.py")]):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
