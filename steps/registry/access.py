@@ -86,6 +86,7 @@ def connect() -> Registry:
     # mlflow's defaults (7 retries, doubling from 2 s) keep an expensive machine waiting for four minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT", "60")  # seconds
     tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not tracking:
         raise StepError(
@@ -200,10 +201,22 @@ def _opener(registry: Registry, uri: str) -> Callable[[], Any]:
                     repository = repository._get_artifact_repo()
                 elif hasattr(repository, "repo"):
                     repository = repository.repo
+                elif hasattr(repository, "databricks_sdk_repo"):
+                    repository = _tracking_repository(repository)
                 else:
                     return repository
 
     return make
+
+
+def _tracking_repository(repository: Any) -> Any:
+    """A Databricks run's artifacts come by the Files API, or, where that is refused, by signed URLs."""
+    try:
+        repository.databricks_sdk_repo.list_artifacts("")
+        return repository.databricks_sdk_repo
+    except Exception as error:  # whatever it is, mlflow's own repository falls back as well
+        log.debug("no Files API for %s: %s", repository.artifact_uri, type(error).__name__)
+        return repository.databricks_artifact_repo
 
 
 @contextmanager
@@ -214,18 +227,22 @@ def explained(registry: Registry, subject: str) -> Iterator[None]:
     except StepError:
         raise
     except Exception as error:
-        raise _explain(registry, subject, error) from None
+        explanation = _explain(registry, subject, error)
+        # a client error's own text may quote signed URLs; a programming error's traceback is needed
+        programming = isinstance(error, (TypeError, AttributeError, KeyError, IndexError, ImportError))
+        raise explanation from (error if programming else None)
 
 
 def _explain(registry: Registry, subject: str, error: Exception) -> StepError:
     code, status = _code(error)
-    text = redact(" ".join(str(error).split())).rstrip(".")[:300]
+    # the Databricks SDK appends its whole configuration to some errors
+    text = redact(" ".join(str(error).split())).partition(" Config: ")[0].rstrip(".")[:300]
     where = registry.registry_uri
     if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "NoSuchKey", "NoSuchBucket") or status == 404:
         return StepError(
             f"{subject} does not exist in {where}: {text}.", "Correct the name, version or alias."
         )
-    if code in ("UNAUTHENTICATED", "ExpiredToken", "InvalidAccessKeyId") or status == 401:
+    if code in ("UNAUTHENTICATED", "ExpiredToken", "InvalidAccessKeyId", "invalid_client") or status == 401:
         return StepError(
             f"{where} refused the credentials ({registry.credentials}) for {subject}: {text}.",
             f"Renew the secret that {SECRET_VARIABLE} names; check DATABRICKS_HOST.",
@@ -267,6 +284,10 @@ def _code(error: Exception) -> tuple[str, int]:
         if status:
             return str(code), int(status)
         text = str(chain)
+        if text.startswith("invalid_client"):  # the OAuth error code that Databricks' SDK puts first
+            return "invalid_client", 401
+        if type(chain).__name__ == "RestException":
+            return str(code), chain.get_http_status_code()  # type: ignore[attr-defined]
         for number in (401, 403, 404, 429, 500, 502, 503, 504):
             if f"error code {number}" in text or f"{number} error" in text or f"too many {number}" in text:
                 return "", number

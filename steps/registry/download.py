@@ -74,7 +74,7 @@ def download(
     destination: Path,
     *,
     workers: int = 8,
-    part_bytes: int = PART_BYTES,
+    part_bytes: int | None = None,
     resume_dir: Path | None = None,
     progress: Progress | None = None,
     backoff: float = 0.5,
@@ -86,7 +86,7 @@ def download(
         files: what to fetch; paths already checked by paths.check_paths.
         destination: an existing folder; it holds complete files only when this returns.
         workers: transfers at a time; each holds one chunk (1 MiB) in memory.
-        part_bytes: bytes of one range request.
+        part_bytes: bytes of one range request; default PART_BYTES.
         resume_dir: where unfinished files wait for another process; default a folder within `destination`.
         progress: counts bytes; default one that logs.
         backoff: seconds before the first retry of a part; doubles, at most 30.
@@ -102,6 +102,7 @@ def download(
     work.mkdir(parents=True, exist_ok=True)
     known = sum(file.bytes or 0 for file in files)
     progress = progress or Progress(known)
+    part_bytes = part_bytes or PART_BYTES
     tasks = [_File(file, destination, work, store, part_bytes, progress, bool(resume_dir)) for file in files]
     _check_space(work, known - progress.done)
     try:

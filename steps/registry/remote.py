@@ -108,7 +108,9 @@ class RepositoryStore(Store):
 
     def list(self) -> list[RemoteFile]:
         found: list[RemoteFile] = []
-        pending: list[str | None] = [self._root or None]
+        pending = [
+            self._root
+        ]  # "", not None, for the root: mlflow's presigned repository joins paths with it
         while pending:
             folder = pending.pop()
             for entry in self.repository.list_artifacts(folder):
@@ -239,12 +241,23 @@ class S3Store(HttpStore):
         return Location(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": full}))
 
 
+class WorkspaceRegistryStore(HttpStore):
+    """Databricks' workspace model registry: signs a URL a file as well, but answers in another form."""
+
+    def locate(self, path: str) -> Location:
+        url, headers = self.repository._get_signed_download_uri(self._full(path))
+        if not url:
+            raise TransferError(f"{path}: the workspace registry gave no URL")
+        return Location(url, self.repository._extract_headers_from_signed_url(headers))
+
+
 class FilesStore(HttpStore):
     """Databricks' Files API: /api/2.0/fs/files, with the workspace client's own authentication."""
 
     def locate(self, path: str) -> Location:
-        config = self.repository.client.config
-        full = f"{self.repository.model_base_path}/{self._full(path)}"
+        repository = self.repository  # mlflow has two of them, whose attributes are named differently
+        config = (getattr(repository, "client", None) or repository.wc).config
+        full = f"{repository.artifact_uri.rstrip('/')}/{self._full(path)}"
         headers = {**config.authenticate(), "Accept": "application/octet-stream"}
         return Location(f"{config.host.rstrip('/')}/api/2.0/fs/files{urllib.parse.quote(full)}", headers)
 
@@ -309,6 +322,8 @@ def open_store(make: Callable[[], Any], root: str = "", describe: str = "") -> S
     repository = make()
     kinds: list[tuple[str, type[RepositoryStore]]] = [
         ("DatabricksSDKModelsArtifactRepository", FilesStore),
+        ("DatabricksSdkArtifactRepository", FilesStore),
+        ("DatabricksModelsArtifactRepository", WorkspaceRegistryStore),
         ("CloudArtifactRepository", SignedStore),
         ("S3ArtifactRepository", S3Store),
         ("HttpArtifactRepository", ProxyStore),

@@ -40,7 +40,7 @@ def server_url() -> str:
     log = (folder / "log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     atexit.register(_stop, process, folder)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if requests.get(f"{url}/health", timeout=2).ok:

@@ -1,0 +1,70 @@
+"""PullModel through the real mlflow client, by every registry and every route to the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.databricks.conftest import NAME, Pull
+from tests.databricks.runner import Outcome
+from tests.databricks.tracking import add_run, add_workspace_model
+from tests.databricks.workspace import TOKEN, Workspace
+
+
+def check(outcome: Outcome, folder: Path) -> dict:
+    """The folder came whole, and provenance says so. Returns provenance.json."""
+    assert outcome.code == 0, outcome.message
+    document = json.loads((outcome.output("provenance") / "provenance.json").read_text())
+    for file in document["files"]:
+        data = (folder / file["path"]).read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert (outcome.output("model") / file["path"]).read_bytes() == data
+    assert len(document["files"]) == sum(path.is_file() for path in folder.rglob("*"))
+    assert len(document["files"]) == sum(path.is_file() for path in outcome.output("model").rglob("*"))
+    return document
+
+
+@pytest.mark.parametrize("route", ["vended", "files", "presigned"])
+def test_unity_catalog(route: str, workspace: Workspace, folder: Path, pull: Pull) -> None:
+    workspace.route = route
+    document = check(pull(), folder)
+    assert (document["name"], document["version"], document["alias"]) == (NAME, "1", "champion")
+    assert document["registry_uri"] == "databricks-uc"
+    used = {"vended": "GET /unity-managed/", "files": "GET /api/2.0/fs/files/", "presigned": "GET /signed/"}
+    assert workspace.count(used[route]) >= len(document["files"])
+    assert all(not workspace.count(other) for key, other in used.items() if key != route)
+
+
+def test_the_lineage_of_a_files_api_download_is_recorded(workspace: Workspace, pull: Pull) -> None:
+    assert pull().code == 0
+    assert workspace.count("POST .*/model-versions/emit-lineage")
+
+
+def test_a_personal_token(workspace: Workspace, folder: Path, pull: Pull, monkeypatch) -> None:
+    monkeypatch.delenv("DATABRICKS_CLIENT_ID")
+    monkeypatch.delenv("DATABRICKS_CLIENT_SECRET")
+    monkeypatch.setenv("DATABRICKS_TOKEN", TOKEN)
+    check(pull(f"models:/{NAME}/1"), folder)
+    assert not workspace.count("POST /oidc/v1/token")
+
+
+def test_the_workspace_registry(workspace: Workspace, folder: Path, pull: Pull, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "databricks")
+    version = add_workspace_model(workspace, "tiny", folder)
+    document = check(pull(f"models:/tiny/{version}"), folder)
+    assert document["name"] == "tiny"
+    assert workspace.count("GET .*/get-signed-download-uri")
+
+
+@pytest.mark.parametrize("run_files", [True, False])
+def test_a_run(run_files: bool, workspace: Workspace, folder: Path, pull: Pull) -> None:
+    """Artifacts of runs come by the Files API; in workspaces that refuse it, by signed URLs."""
+    workspace.run_files = run_files
+    run_id = add_run(workspace)
+    (workspace.runs[run_id]["folder"] / "model").symlink_to(folder)
+    document = check(pull(f"runs:/{run_id}/model"), folder)
+    assert document["run_id"] == run_id
+    assert bool(workspace.count("POST .*/artifacts/credentials-for-read")) is not run_files
