@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 BEGIN, END = 256, 257  # special tokens after the 256 bytes
@@ -27,7 +28,7 @@ class TinyConfig:
     hidden_size: int = 128
     intermediate_size: int = 384
     moe_intermediate_size: int = 96
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 3
     first_k_dense_replace: int = 1
     num_attention_heads: int = 4
     q_lora_rank: int = 96
@@ -144,16 +145,17 @@ class MixtureOfExperts(nn.Module):
         scores = self.gate(rows).sigmoid()
         bias = self.gate.e_score_correction_bias
         chosen = (scores.detach() + bias).topk(c.num_experts_per_tok, dim=-1).indices
-        weights = scores.gather(1, chosen)
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+        weights = scores * mask
         weights = weights / weights.sum(dim=-1, keepdim=True) * c.routed_scaling_factor
         out = torch.zeros_like(rows)
-        load = torch.bincount(chosen.flatten(), minlength=c.n_routed_experts)
         for index, expert in enumerate(self.experts):
-            row, slot = (chosen == index).nonzero(as_tuple=True)
-            out = out.index_add(0, row, expert(rows[row]) * weights[row, slot, None])
+            row = mask[:, index].nonzero().flatten()
+            part = expert(rows.index_select(0, row)) * weights[:, index].index_select(0, row)[:, None]
+            out = out.index_add(0, row, part)
         if self.training:
-            with torch.no_grad():
-                bias += self.BIAS_RATE * torch.sign(load.float().mean() - load)
+            load = mask.sum(dim=0)
+            bias += self.BIAS_RATE * torch.sign(load.float().mean() - load)
         return out.view_as(x) + self.shared_experts(x)
 
 
@@ -261,10 +263,8 @@ def save_checkpoint(model: TinyMla, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**kind, **names, **template}, indent=2) + "\n")
 
 
-def byte_tokenizer():  # noqa: ANN201 - tokenizers.Tokenizer, imported late
+def byte_tokenizer() -> Tokenizer:
     """A tokenizer of the 256 bytes, token id = byte value, and the two special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     # ByteLevel writes bytes as printable characters: the printable ones themselves, the rest from 256 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]

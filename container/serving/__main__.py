@@ -1,7 +1,12 @@
 """`python -m container.serving` (an image's `serve`): the model server on SageMaker's port until SIGTERM."""
 
 import logging
+import os
 import sys
+
+# Before torch loads OpenMP: its threads otherwise spin at every barrier for milliseconds, which on shared cores
+# made a decode step of a small model 40 times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import uvicorn
 
@@ -32,8 +37,6 @@ def load(settings: ServerSettings) -> Engine:
 def main() -> int:
     """Serves until a signal. Returns 0, or 1 when the settings or the model cannot be used."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    import os
-
     try:
         settings = ServerSettings.from_environment(os.environ)
     except SettingsError as error:

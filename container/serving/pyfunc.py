@@ -1,0 +1,39 @@
+"""The engine behind an MLflow pyfunc's predict and predict_stream, for batch jobs and spark_udf."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from container.serving.engine import Engine
+from container.serving.sequence import Sampling
+
+
+class EngineGenerator:
+    """Completes texts with one engine per process. Compiled kernels come from the build cache.
+
+    `params` are those of the model's signature: max_new_tokens, temperature, top_p, top_k, seed.
+    """
+
+    def __init__(self, folder: str, **load: Any):
+        self._engine = Engine.load(folder, **load)
+
+    def generate(self, prompts: list[str], **params: Any) -> list[str]:
+        """One completion for each prompt, in one continuous batch."""
+        settings = _sampling(params)
+        return [c.text for c in self._engine.generate(prompts, **settings)]
+
+    def stream(self, prompt: str, **params: Any) -> Iterator[str]:
+        """The completion's text as it is generated. Closing the iterator ends the generation."""
+        sequence = self._engine.add(prompt, Sampling(**_sampling(params)))
+        try:
+            while sequence.finish_reason is None:
+                for step in self._engine.step():
+                    if step.sequence is sequence and step.text:
+                        yield step.text
+        finally:
+            self._engine.abort(sequence)
+
+
+def _sampling(params: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(params)
+    fields["max_tokens"] = int(fields.pop("max_new_tokens", 32))
+    return fields
