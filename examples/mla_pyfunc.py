@@ -1,7 +1,8 @@
 """The demo model as an MLflow pyfunc from code: completes texts with the checkpoint logged beside it.
 
-With this repository installed, the inference engine and its compiled kernel do the work; elsewhere transformers.
-Signature: column "prompt" (string) -> string; params max_new_tokens, temperature, top_p, top_k, seed.
+With this repository installed, the inference engine and its compiled kernel do the work; elsewhere
+transformers. Signature: column "prompt" (string) -> string; params max_new_tokens, temperature, top_p,
+top_k, seed.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
-"""A small DeepSeek-V3-form language model in plain torch, and how to train it on bytes in half a minute of CPU.
+"""A small DeepSeek-V3-form language model in plain torch, and how to train it on bytes in half a minute.
 
-Parameter names and shapes are those of Hugging Face's deepseek_v3 checkpoints (routed experts are stacked while
-training and split on saving), so that `save_checkpoint` writes a folder which transformers and the engine load.
+Parameter names and shapes are those of Hugging Face's deepseek_v3 checkpoints (routed experts are stacked
+while training and split on saving), so that `save_checkpoint` writes a folder which transformers and the
+engine load.
 """
 
 import json
@@ -174,7 +175,7 @@ class Layer(nn.Module):
 
 
 class TinyMla(nn.Module):
-    """Token ids [batch, time] -> logits [batch, time, vocabulary]. Input and output embeddings are one matrix."""
+    """Token ids [batch, time] -> logits [batch, time, vocabulary]. Input and output embeddings are tied."""
 
     def __init__(self, config: TinyConfig):
         super().__init__()
@@ -245,7 +246,7 @@ def evaluate(model: TinyMla, data: Tensor, length: int) -> float:
 
 
 def save_checkpoint(model: TinyMla, folder: Path) -> None:
-    """Writes config.json, generation_config.json, model.safetensors and tokenizer.json, as Hugging Face lays out."""
+    """Writes config.json, generation_config.json, model.safetensors and tokenizer.json as Hugging Face does."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.to_hugging_face()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -4,8 +4,8 @@ import logging
 import os
 import sys
 
-# Before torch loads OpenMP: its threads otherwise spin at every barrier for milliseconds, which on shared cores
-# made a decode step of a small model 40 times slower.
+# Before torch loads OpenMP: its threads otherwise spin at every barrier for milliseconds, which on shared
+# cores made a decode step of a small model 40 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import uvicorn

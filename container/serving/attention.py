@@ -18,9 +18,9 @@ SAMPLE_PAGES = 16  # context that `auto` measures with
 class DecodeAttention:
     """softmax(scale * q . latents) . latents for rows of one query token over a paged cache of latents.
 
-    Knows how a token is stored: `row_width` elements of `cache_dtype`, written by `pack` and read by `unpack`.
-    Raises ValueError when the cache format cannot take the model's sizes, BackendError when the backend cannot
-    be had or cannot run the model.
+    Knows how a token is stored: `row_width` elements of `cache_dtype`, written by `pack` and read by
+    `unpack`. Raises ValueError when the cache format cannot take the model's sizes, BackendError when the
+    backend cannot be had or cannot run the model.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class Rows:
 
 @dataclass
 class Chunk:
-    """Rows start..end of the batch: consecutive tokens of one sequence, the last `end - start` of `length`."""
+    """Rows start..end of the batch: tokens of one sequence in a row, the last `end - start` of `length`."""
 
     start: int
     end: int
@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass
 class Span:
-    """Tokens of one sequence to run: `tokens` sit at positions `start`.. of the sequence that owns `pages`."""
+    """Tokens of one sequence to run: they sit at positions `start`.. of the sequence that owns `pages`."""
 
     tokens: Sequence[int]
     start: int
@@ -60,8 +60,8 @@ def make_batch(
     """The batch of spans; spans of one token must come first.
 
     `wanted` are the spans whose last token's logits are asked for; None asks for those of every token.
-    With `as_rows` every token of every span attends as a decode row of its own: how a prompt is scored through
-    the decode kernel.
+    With `as_rows` every token of every span attends as a decode row of its own: how a prompt is scored
+    through the decode kernel.
     """
     tokens: list[int] = []
     positions: list[int] = []

@@ -44,7 +44,7 @@ class LatentCache:
         self._rows[layer].index_copy_(0, slots, self.attention.pack(latents))
 
     def read(self, layer: int, pages: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-        """The first `length` tokens of a sequence with pages int64 [n] -> [length, rank + rope] in `dtype`."""
+        """The first `length` tokens of a sequence with pages int64 [n] -> `dtype` [length, rank + rope]."""
         rows = self._data[layer].index_select(0, pages).view(-1, self._data.shape[-1])[:length]
         return self.attention.unpack(rows, dtype)
 
@@ -78,7 +78,7 @@ class PageAllocator:
         return self.total - self.free
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages with one user each; their content is undefined. Raises OutOfPages and takes nothing."""
+        """`count` pages with one user each; undefined content. Raises OutOfPages and takes nothing."""
         if count > self.free:
             raise OutOfPages(f"{count} pages wanted, {self.free} of {self.total} free")
         pages = []

@@ -43,7 +43,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes of an engine. cache_tokens None fills a fixed share of memory, at most what the requests can use."""
+    """Sizes of an engine. cache_tokens None takes a share of memory, at most what the requests can use."""
 
     max_batch: int = 64
     step_tokens: int = 512
@@ -55,8 +55,8 @@ class Options:
 class Engine:
     """Generates with continuous batching. `step` is called by one thread; the other methods by any.
 
-    Build it with `Engine.load`. For a plain batch of prompts use `generate`; a server adds sequences and calls
-    `step` in a loop.
+    Build it with `Engine.load`. For a plain batch of prompts use `generate`; a server adds sequences and
+    calls `step` in a loop.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, cache: LatentCache, options: Options, limit: int):
@@ -83,9 +83,10 @@ class Engine:
     ) -> "Engine":
         """Loads the checkpoint found in `model_dir` (an MLflow model folder or the checkpoint itself).
 
-        kernel_dir holds compiled kernels (see kernels.package); None looks in the build cache. `backend` names
-        one of kernels' backends or "auto". `dtype` of weights and arithmetic defaults to the checkpoint's.
-        Raises NotMlaModel, WeightError, or ValueError for a backend or cache dtype that cannot be used.
+        kernel_dir holds compiled kernels (see kernels.package); None looks in the build cache. `backend`
+        names one of kernels' backends or "auto". `dtype` of weights and arithmetic defaults to the
+        checkpoint's. Raises NotMlaModel, WeightError, or ValueError for a backend or cache dtype that
+        cannot be used.
         """
         started = time.monotonic()
         options = options or Options()
@@ -266,7 +267,7 @@ class Engine:
         ]
 
     def logits(self, token_ids: Many[int]) -> Tensor:
-        """Float32 [len, vocabulary] on the CPU: logits after each token, every one computed through the decode
+        """Float32 [len, vocabulary] on the CPU: logits after each token, each computed through the decode
         path (latents from the paged cache, the backend's kernel), as if the tokens had been decoded in turn.
         """
         ids = list(token_ids)
@@ -285,7 +286,7 @@ class Engine:
         return torch.cat(parts)
 
     def decode_step_times(self, context: int = 64, batch: int = 1, steps: int = 32) -> list[float]:
-        """Milliseconds of each of `steps` decode steps of `batch` sequences with about `context` tokens each."""
+        """Milliseconds of each of `steps` decode steps of `batch` sequences of about `context` tokens."""
         context = min(context, self.max_model_len - steps - 2)
         generator = torch.Generator().manual_seed(0)
         sampling = Sampling(max_tokens=steps + 1, ignore_eos=True)

@@ -1,6 +1,7 @@
-"""The layers of a DeepSeek-V2/V3 model on flat rows of tokens [T, hidden]; every class holds its weights only.
+"""The layers of a DeepSeek-V2/V3 model on flat rows of tokens [T, hidden]; a class holds weights only.
 
-The arithmetic follows transformers' models/deepseek_v2 and deepseek_v3 (Apache-2.0), which the tests compare with.
+The arithmetic follows transformers' models/deepseek_v2 and deepseek_v3 (Apache-2.0), which the tests
+compare with.
 """
 
 import math
@@ -20,8 +21,8 @@ LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm do not take rms_norm_
 def rotary_table(rope: Rope, dim: int, positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [positions, dim / 2], of the rotary embedding with YaRN's scaling if configured.
 
-    YaRN (arXiv 2309.00071) keeps high frequencies, divides low ones by `factor` and blends linearly between the
-    dimensions that turn beta_fast and beta_slow times over the original context.
+    YaRN (arXiv 2309.00071) keeps high frequencies, divides low ones by `factor` and blends linearly between
+    the dimensions that turn beta_fast and beta_slow times over the original context.
     """
     powers = rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     frequencies = 1.0 / powers
@@ -46,7 +47,7 @@ def rotary_table(rope: Rope, dim: int, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (x[i], x[i + dim/2]) of the last dimension in float32; cos and sin broadcast to x's half."""
+    """Rotates pairs (x[i], x[i + dim/2]) of the last dimension in float32; cos, sin broadcast to half of x."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -58,9 +59,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class Attention:
     """Multi-head latent attention (arXiv 2405.04434, section 2.1) over the paged latent cache.
 
-    A decoded token attends in the absorbed form: W_UK is folded into the query and W_UV into the output, so that
-    the kernel reads only latents. A prefilled chunk expands the latents once into keys and values for all its
-    tokens, which costs fewer operations from a few tokens on.
+    A decoded token attends in the absorbed form: W_UK is folded into the query and W_UV into the output, so
+    that the kernel reads only latents. A prefilled chunk expands the latents once into keys and values for
+    all its tokens, which costs fewer operations from a few tokens on.
     """
 
     def __init__(self, config: ModelConfig, layer: int, load: Loader):
@@ -95,7 +96,7 @@ class Attention:
             self._pair_halves()
 
     def _pair_halves(self) -> None:
-        """Reorders the rope rows once, from pairs (0, 1), (2, 3), ... to halves: a score ignores their order."""
+        """Reorders the rope rows once, from pairs (0, 1), (2, 3), ... to halves; no score depends on it."""
         c = self.config
         order = torch.arange(c.qk_rope_head_dim, device=self.w_in.device).view(-1, 2).T.flatten()
         for tensor in (self.w_in, self.b_in):
@@ -250,7 +251,8 @@ class MixtureOfExperts:
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """x [N, in], rows sorted by group; weights [G, out, in]; ends int32 [G] -> [N, out].
 
-    One grouped kernel where the sizes suit it (rows of 16 bytes; bfloat16 on a GPU), else a product for each group.
+    One grouped kernel where the sizes suit it (rows of 16 bytes; bfloat16 on a GPU), else a product for
+    each group.
     """
     aligned = all(width * x.element_size() % 16 == 0 for width in weights.shape[1:])
     if aligned and (x.dtype == torch.bfloat16 or not x.is_cuda):

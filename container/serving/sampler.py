@@ -1,4 +1,4 @@
-"""Chooses the next tokens from logits: greedy, or by temperature, top-k and top-p with a generator a request."""
+"""Chooses tokens from logits: greedy, or by temperature, top-k and top-p with a generator a request."""
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Choice:
 
 
 def choose(logits: Tensor, sequences: Many[Sequence]) -> list[Choice]:
-    """One token for each row of logits float32 [R, vocabulary]; a row's outcome does not depend on the others.
+    """One token for each row of logits float32 [R, vocabulary]; a row's outcome depends on no other row.
 
     A sampled token is argmax(p / e) with e exponential from the sequence's own generator, which draws from p.
     """

@@ -1,4 +1,4 @@
-"""Which sequences run in a step and how many of their tokens: continuous batching over a fixed set of pages."""
+"""Which sequences run in a step and how many of their tokens: continuous batching over paged memory."""
 
 from collections import deque
 from dataclasses import dataclass

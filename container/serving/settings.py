@@ -13,7 +13,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where the model and the kernels are, which backend to use, and the limits of a request and of the queue."""
+    """Where model and kernels are, which backend to use, and the limits of a request and of the queue."""
 
     model_dir: Path
     kernel_dir: Path | None

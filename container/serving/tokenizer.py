@@ -45,7 +45,7 @@ class Tokenizer:
         return self._inner
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of `text`; `special` adds what the tokenizer itself puts around a text (a begin token)."""
+        """Token ids of `text`; `special` adds what the tokenizer puts around a text (a begin token)."""
         return self._need().encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -70,7 +70,8 @@ class Tokenizer:
 class Detokenizer:
     """Turns tokens into text one at a time and watches for stop strings.
 
-    Holds text back while it may still change: an unfinished UTF-8 sequence, or the beginning of a stop string.
+    Holds text back while it may still change: an unfinished UTF-8 sequence, or the beginning of a stop
+    string.
     """
 
     CONTEXT = 6  # tokens decoded again before new ones, since a tokenizer may join or space neighbours

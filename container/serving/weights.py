@@ -1,4 +1,4 @@
-"""Weights of a checkpoint folder, read from memory-mapped safetensors: one tensor at a time, no second copy."""
+"""Weights of a checkpoint folder, read from memory-mapped safetensors one at a time, no second copy."""
 
 import json
 import logging
