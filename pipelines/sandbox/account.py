@@ -21,7 +21,7 @@ def prepare_account(endpoint_url: str, *, bucket: str, role_name: str, region: s
     s3 = boto3.client("s3", endpoint_url=endpoint_url, **keys)
     place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
     try:
-        s3.create_bucket(Bucket=bucket, **place)  # type: ignore[arg-type]
+        s3.create_bucket(Bucket=bucket, **place)
     except ClientError as error:
         if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
             raise

@@ -7,6 +7,8 @@ object. Everything here is safe to call from several threads.
 from __future__ import annotations
 
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from pipelines.sandbox.api import Account
+from pipelines.sandbox.errors import ServiceError
 
 _COPY_BYTES = 1 << 20
 
@@ -126,6 +129,29 @@ class Backends:
         buses = events_backends[self.account.account_id][self.account.region].event_buses
         rules = list(buses[bus].rules.values()) if bus in buses else []
         return [rule for rule in rules if rule.state == "ENABLED"]
+
+    def deliver(self, service: str, arn: str, text: str, group_id: str | None = None) -> None:
+        """Send a message to an SNS topic (``sns``), an SQS queue (``sqs``) or a log group (``logs``).
+
+        Raises:
+            ServiceError: the topic or queue does not exist.
+        """
+        from moto.core.exceptions import ServiceException
+        from moto.sns import sns_backends
+        from moto.sqs import sqs_backends
+
+        account, region = self.account.account_id, self.account.region
+        try:
+            if service == "sns":
+                sns_backends[account][region].publish(text, arn=arn)
+            elif service == "sqs":
+                sqs_backends[account][region].send_message(arn.rsplit(":", 1)[-1], text, group_id=group_id)
+            else:
+                group = arn.split(":log-group:")[-1].removesuffix(":*")
+                event = {"timestamp": int(time.time() * 1000), "message": text}
+                self.put_log_events(group, str(uuid.uuid4()), [event])
+        except ServiceException as error:
+            raise ServiceError("ResourceNotFoundException", f"{arn}: {error}") from None
 
     def has_role(self, arn: str) -> bool:
         """Whether an IAM role exists."""

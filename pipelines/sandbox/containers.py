@@ -163,6 +163,10 @@ class Container:
             self._child.stop(self._runtime.grace_s)
             self._log.join()
 
+    def remove(self) -> None:
+        """Delete its files; it must have ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def log_tail(self) -> str:
         """The last lines of output."""
         return self._log.tail() if self._log else ""

@@ -28,8 +28,13 @@ class ExpressionError(ValueError):
 class Scope(Protocol):
     """What expressions can see while a pipeline runs."""
 
-    parameters: Mapping[str, Any]
-    execution: Mapping[str, Any]
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The values of the pipeline's parameters."""
+
+    @property
+    def execution(self) -> Mapping[str, Any]:
+        """The execution variables."""
 
     def properties(self, step: str) -> Any:
         """The properties of a finished step (the Describe answer of what it made)."""

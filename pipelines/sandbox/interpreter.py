@@ -30,7 +30,11 @@ class ExecutionScope:
 
     def __init__(self, execution: Execution, nodes: dict[str, Node], backends: Backends) -> None:
         self._execution, self._nodes, self._backends = execution, nodes, backends
-        self.parameters = execution.parameters
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The values of the pipeline's parameters."""
+        return self._execution.parameters
 
     @property
     def execution(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from typing import Any
 
@@ -144,7 +143,7 @@ class ProcessingJobs:
             reason = f"InternalServerError: the sandbox failed: {type(error).__name__}: {error}"
             outcome = {"ProcessingJobStatus": "Failed", "FailureReason": reason[:MAX_REASON]}
         finally:
-            shutil.rmtree(container.folder, ignore_errors=True)
+            container.remove()
         time = now()
         with self._lock:
             if job.stop_wanted.is_set():

@@ -15,15 +15,21 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from pipelines.sandbox.api import Account, Api, Tags
 from pipelines.sandbox.backends import Backends
+from pipelines.sandbox.capture import Capture
 from pipelines.sandbox.containers import Runtime
+from pipelines.sandbox.endpoints import Endpoints
+from pipelines.sandbox.events import Events, endpoint_event, execution_event, model_package_event
 from pipelines.sandbox.executions import Execution, Executions
-from pipelines.sandbox.front import Front
+from pipelines.sandbox.front import Answer, Front
 from pipelines.sandbox.interpreter import Interpreter
+from pipelines.sandbox.invocations import Invocations
 from pipelines.sandbox.isolation import choose
 from pipelines.sandbox.jobs import ProcessingJobs
+from pipelines.sandbox.models import EndpointConfigs, Models
 from pipelines.sandbox.objects import Objects
 from pipelines.sandbox.pipelines import Pipelines
 from pipelines.sandbox.processes import Children
+from pipelines.sandbox.registry import Registry
 from pipelines.sandbox.steps import Steps
 
 HOST = "127.0.0.1"
@@ -52,6 +58,10 @@ class Sandbox:
         code: working directory of every job and endpoint.
         isolation: ``bubblewrap``, ``unshare`` or ``environment``; the strongest that works by default.
         grace_s: seconds between SIGTERM and SIGKILL.
+        startup_s: replaces every variant's health-check timeout, whose smallest value in the API is 60 s.
+
+    Attributes:
+        events: the event bus; ``events.copies = 2`` delivers every event twice.
     """
 
     def __init__(
@@ -65,11 +75,12 @@ class Sandbox:
         region: str = "us-east-1",
         isolation: str | None = None,
         grace_s: float = 5.0,
+        startup_s: float | None = None,
     ) -> None:
         self.account = Account(region=region)
         self._state_dir, self._port, self._code = Path(state_dir).resolve(), port, code
         self._job_environment = dict(job_environment or {})
-        self._serve_command, self._grace_s = list(serve_command), grace_s
+        self._serve_command, self._grace_s, self._startup_s = list(serve_command), grace_s, startup_s
         self._isolation = choose(isolation)
         self._server: BaseWSGIServer | None = None
 
@@ -116,7 +127,9 @@ class Sandbox:
         if self._server is None:
             return
         self._executions.stop_all()
+        self._endpoints.cancel_all()
         self._children.close(self._grace_s)
+        self.events.close()
         self._server.shutdown()
         self._server.server_close()
         self._server = None
@@ -129,33 +142,52 @@ class Sandbox:
 
         api, tags, backends = Api(self.account), Tags(), Backends(self.account)
         backends.reset()
-        front = Front(api, DomainDispatcherApplication(create_backend_app))
+        moto = DomainDispatcherApplication(create_backend_app)
+        front = Front(api, moto, self._invoke, self._put_events)
         server = _make_server(self._port, front)
         self._children = Children()
         runtime = Runtime(
-            self.account,
-            backends,
-            Objects(backends, self._state_dir / "objects"),
-            self._children,
-            self._isolation,
-            self._state_dir,
-            self._code,
-            self._variables(server.socket.getsockname()[1]),
-            self._grace_s,
+            account=self.account,
+            backends=backends,
+            objects=Objects(backends, self._state_dir / "objects"),
+            children=self._children,
+            isolation=self._isolation,
+            folder=self._state_dir,
+            code=self._code,
+            environment=self._variables(server.socket.getsockname()[1]),
+            grace_s=self._grace_s,
         )
-        jobs = ProcessingJobs(self.account, runtime, tags)
-        pipelines = Pipelines(self.account, backends, tags)
-        steps = Steps(api, jobs.wait)
+        self._wire(api, tags, runtime)
+        self._server = server
+        threading.Thread(target=server.serve_forever, name="sandbox-server", daemon=True).start()
+
+    def _wire(self, api: Api, tags: Tags, runtime: Runtime) -> None:
+        account, backends = self.account, runtime.backends
+        self.events = Events(account, backends, lambda params: api.call("StartPipelineExecution", params))
+        registry = Registry(account, tags, self._on_package)
+        models = Models(account, backends, tags, registry.find)
+        configs = EndpointConfigs(account, models, tags)
+        self._endpoints = Endpoints(
+            account, runtime, models, configs, tags, self._serve_command, self._startup_s, self._on_endpoint
+        )
+        self._invocations = Invocations(account, self._endpoints, Capture(backends))
+        jobs = ProcessingJobs(account, runtime, tags)
+        pipelines = Pipelines(account, backends, tags)
+        steps = Steps(api, jobs.wait, self._endpoints.wait)
         self._executions = Executions(
-            self.account,
+            account,
             pipelines,
             lambda execution: Interpreter(execution, steps, self._executions, backends).run(),
             self._on_execution,
         )
-        for part in (tags, jobs, pipelines, self._executions):
+        for part in (tags, jobs, pipelines, self._executions, registry, models, configs, self._endpoints):
             api.register(part.actions())
-        self._server = server
-        threading.Thread(target=server.serve_forever, name="sandbox-server", daemon=True).start()
+
+    def _invoke(self, name: str, body: bytes, headers: dict[str, str], stream: bool) -> Answer:
+        return self._invocations.invoke(name, body, headers, stream)
+
+    def _put_events(self, params: dict[str, Any]) -> dict[str, Any]:
+        return self.events.put_events(params)
 
     def _variables(self, port: int) -> dict[str, str]:
         region = self.account.region
@@ -167,7 +199,16 @@ class Sandbox:
         return {**self._job_environment, **_CREDENTIALS, **own}
 
     def _on_execution(self, execution: Execution, previous: str) -> None:
-        pass
+        detail = execution_event(execution.record, previous)
+        self.events.emit("SageMaker Model Building Pipeline Execution Status Change", detail, execution.arn)
+
+    def _on_package(self, record: dict[str, Any]) -> None:
+        detail = model_package_event(record)
+        self.events.emit("SageMaker Model Package State Change", detail, record["ModelPackageArn"])
+
+    def _on_endpoint(self, description: dict[str, Any]) -> None:
+        detail = endpoint_event(description)
+        self.events.emit("SageMaker Endpoint State Change", detail, description["EndpointArn"])
 
 
 def _make_server(port: int, app: Any) -> BaseWSGIServer:

@@ -62,8 +62,7 @@ def validation_message(found: list[str]) -> str:
 def _walk(shape: Shape, value: Any, path: str) -> Iterator[str]:
     if value is UNKNOWN or shape.type_name == "blob":
         return
-    expected = _PYTHON_TYPES[shape.type_name]
-    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+    if not _is_of_type(shape, value):
         yield f"Value of type {type(value).__name__} at '{path}' is not a {shape.type_name}"
     elif shape.type_name == "structure":
         yield from _structure(shape, value, path)
@@ -78,6 +77,11 @@ def _walk(shape: Shape, value: Any, path: str) -> Iterator[str]:
             yield from _walk(shape.value, item, f"{path}.{key}")
     else:
         yield from _constraints(shape, value, path)
+
+
+def _is_of_type(shape: Shape, value: Any) -> bool:
+    expected = _PYTHON_TYPES[shape.type_name]
+    return isinstance(value, expected) and (not isinstance(value, bool) or bool in expected)
 
 
 def _structure(shape: Shape, value: dict[str, Any], path: str) -> Iterator[str]:
