@@ -199,7 +199,7 @@ def execution_event(record: dict[str, Any], previous: str) -> dict[str, Any]:
 
 
 def endpoint_event(description: dict[str, Any]) -> dict[str, Any]:
-    """Detail of ``SageMaker Endpoint State Change``: the description, status in upper case, times in milliseconds."""
+    """Detail of ``SageMaker Endpoint State Change``: status in upper case, times in milliseconds."""
     words = "".join(f"_{c}" if c.isupper() else c for c in description["EndpointStatus"]).strip("_").upper()
     times = {k: int(description[k] * 1000) for k in ("CreationTime", "LastModifiedTime")}
     members = ("EndpointName", "EndpointArn", "EndpointConfigName", "FailureReason")

@@ -46,8 +46,8 @@ class Invocations:
             stream: answer as an event stream (InvokeEndpointWithResponseStream).
 
         Raises:
-            ServiceError: ValidationError (no such endpoint or variant, body too large), or ModelError with the
-                container's own status.
+            ServiceError: ValidationError (no such endpoint or variant, body too large), or ModelError with
+                the container's own status.
         """
         endpoint, variant = self._pick(name, headers.get("x-amzn-sagemaker-target-variant"))
         if len(body) > MAX_BODY:
@@ -122,13 +122,13 @@ class Invocations:
 
 
 _TIMED_OUT = (
-    "Your invocation timed out while waiting for a response from container primary. Review the latency metrics for "
-    "each container in Amazon CloudWatch, resolve the issue, and try again."
+    "Your invocation timed out while waiting for a response from container primary. Review the latency "
+    "metrics for each container in Amazon CloudWatch, resolve the issue, and try again."
 )
 
 
 def _stream(response: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> Iterator[bytes]:
-    """The container's bytes as they come, each piece one PayloadPart; a broken stream ends with its exception."""
+    """The container's bytes as they come, each piece a PayloadPart; a broken stream ends with an exception."""
     try:
         while piece := response.read1(_CHUNK):
             yield encode_event({":event-type": "PayloadPart", ":message-type": "event"}, piece)
@@ -143,8 +143,8 @@ def _stream(response: http.client.HTTPResponse, connection: http.client.HTTPConn
 def encode_event(headers: dict[str, str], payload: bytes) -> bytes:
     """One message of the event stream encoding (application/vnd.amazon.eventstream), big-endian:
 
-    total length u32, headers length u32, CRC32 of these 8 bytes, headers, payload, CRC32 of everything before. A header
-    is its name's length u8, name, type 7 (string), value length u16, value.
+    total length u32, headers length u32, CRC32 of these 8 bytes, headers, payload, CRC32 of everything before.
+    A header is its name's length u8, name, type 7 (string), value length u16, value.
     https://smithy.io/2.0/aws/amazon-eventstream.html
     """
     kinds = {"event": "application/octet-stream", "exception": "application/json"}

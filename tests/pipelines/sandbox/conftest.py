@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from pipelines.sandbox.account import prepare_account
 
 REGION = "us-east-1"
 BUCKET = "artifacts"
+_count = itertools.count(1)
 SERVER = Path(__file__).with_name("toy_server.py")
 
 
@@ -147,10 +151,11 @@ def output_uri(step: str, output: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    import sys
-
     with Sandbox(
-        tmp_path_factory.mktemp("sandbox"), serve_command=[sys.executable, str(SERVER)], grace_s=2.0
+        tmp_path_factory.mktemp("sandbox"),
+        serve_command=[sys.executable, str(SERVER)],
+        grace_s=2.0,
+        startup_s=4.0,
     ) as running:
         yield running
 
@@ -165,6 +170,5 @@ def aws(sandbox: Sandbox) -> Aws:
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
     """A pipeline, job or endpoint name of this test's own."""
-    import re
-
-    return re.sub(r"[^A-Za-z0-9]+", "-", request.node.name.removeprefix("test_")).strip("-")[:40].strip("-")
+    words = re.sub(r"[^A-Za-z0-9]+", "-", request.node.name.removeprefix("test_"))[:24].strip("-")
+    return f"{words}-{next(_count)}"
