@@ -104,6 +104,8 @@ def download(
     progress = progress or Progress(known)
     part_bytes = part_bytes or PART_BYTES
     tasks = [_File(file, destination, work, store, part_bytes, progress, bool(resume_dir)) for file in files]
+    for task in tasks:
+        task.check_restored()
     _check_space(work, known - progress.done)
     try:
         _Pool(store, tasks, workers, backoff).run()
@@ -254,6 +256,19 @@ class _File:
     def position(self, part: int) -> int:
         """Offset of the next byte that part lacks."""
         return self._at[part]
+
+    def check_restored(self) -> None:
+        """Drop what an earlier process left when the store holds another content now."""
+        if not self._etag:
+            return
+        try:
+            body = self._store.open(self.path, 0, 1)
+        except TransferError:
+            return  # the store is busy; every part's own answer is compared as well
+        body.close()
+        if body.version != self._etag:
+            log.info("%s: changed in the store; starting anew", self.path)
+            self.forget()
 
     def fetch(self, part: int, stop: threading.Event) -> None:
         """Fetch what `part` lacks. Raises TransferError after keeping what came."""
@@ -408,6 +423,7 @@ class _File:
             if len(self._starts) == 1 or self._at == self._starts:
                 self.forget()
                 raise TransferError(f"{self.path}: changed in the store")
+            self.forget()
             raise self._differs("another content in the store than when its download began")
 
     def _write(self, part: int, chunk: bytes) -> None:

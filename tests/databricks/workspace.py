@@ -53,8 +53,7 @@ class Fault:
 
     Attributes:
         status: answer with this status and an error body; 0 answers normally, but for the rest of the fields.
-        headers: of that answer.
-        message: of the error body.
+        headers, body: of that answer; the body is by default Databricks' with `code` and `message`.
         cut: break the connection after so many bytes of the file's body.
         short: serve the file as if it had so many bytes less: a truncation that HTTP does not notice.
         skip: let so many matching requests pass first.
@@ -64,6 +63,7 @@ class Fault:
     status: int = 0
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    body: dict[str, Any] | None = None
     code: str = ""
     message: str = "fault on demand"
     cut: int | None = None
@@ -250,7 +250,7 @@ def _handler(workspace: Workspace) -> type[BaseHTTPRequestHandler]:
             code = fault.code or {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND"}.get(
                 fault.status, "REQUEST_LIMIT_EXCEEDED" if fault.status == 429 else "INTERNAL_ERROR"
             )
-            data = json.dumps({"error_code": code, "message": fault.message}).encode()
+            data = json.dumps(fault.body or {"error_code": code, "message": fault.message}).encode()
             self.send_head(fault.status, {"Content-Type": "application/json", **fault.headers}, len(data))
             if self.command != "HEAD":
                 self.wfile.write(data)
