@@ -128,7 +128,7 @@ _TIMED_OUT = (
 
 
 def _stream(response: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> Iterator[bytes]:
-    """The container's bytes as they come, each piece a PayloadPart; a broken stream ends with an exception."""
+    """The container's bytes as they come, each piece a PayloadPart; a break ends with an exception."""
     try:
         while piece := response.read1(_CHUNK):
             yield encode_event({":event-type": "PayloadPart", ":message-type": "event"}, piece)
@@ -143,7 +143,7 @@ def _stream(response: http.client.HTTPResponse, connection: http.client.HTTPConn
 def encode_event(headers: dict[str, str], payload: bytes) -> bytes:
     """One message of the event stream encoding (application/vnd.amazon.eventstream), big-endian:
 
-    total length u32, headers length u32, CRC32 of these 8 bytes, headers, payload, CRC32 of everything before.
+    total length u32, headers length u32, CRC32 of these 8 bytes, headers, payload, CRC32 of all before.
     A header is its name's length u8, name, type 7 (string), value length u16, value.
     https://smithy.io/2.0/aws/amazon-eventstream.html
     """

@@ -53,7 +53,7 @@ class Models:
         return self._models[name]
 
     def container(self, name: str) -> dict[str, Any]:
-        """What a model's container runs (Image, Environment, model data), taken from its package if it has one."""
+        """What a model's container runs (Image, Environment, model data), from its package if it has one."""
         model = self.find(name)
         own = model.get("PrimaryContainer") or model["Containers"][0]
         if "ModelPackageName" not in own:

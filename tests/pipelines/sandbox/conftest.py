@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -27,8 +28,8 @@ SERVER = Path(__file__).with_name("toy_server.py")
 class Aws:
     """Clients of one sandbox, and the few calls that nearly every test makes."""
 
-    def __init__(self, sandbox: Sandbox, role: str) -> None:
-        self.sandbox, self.role = sandbox, role
+    def __init__(self, sandbox: Sandbox, role: str, scripts: Path) -> None:
+        self.sandbox, self.role, self.scripts = sandbox, role, scripts
         self.sagemaker = self.client("sagemaker")
         self.s3 = self.client("s3")
 
@@ -67,7 +68,7 @@ class Aws:
             "ProcessingResources": {
                 "ClusterConfig": {"InstanceCount": 1, "InstanceType": "ml.m5.large", "VolumeSizeInGB": 1}
             },
-            "AppSpecification": {"ImageUri": "image", "ContainerEntrypoint": ["python3", "-c", code]},
+            "AppSpecification": {"ImageUri": "image", "ContainerEntrypoint": self._entrypoint(code)},
             "RoleArn": self.role,
         }
         if arguments:
@@ -100,6 +101,13 @@ class Aws:
                 ]
             }
         return {"Name": name, "Type": "Processing", "Arguments": request, **step}
+
+    def _entrypoint(self, code: str) -> list[str]:
+        if len(code) <= 256:  # the service's limit of one element
+            return ["python3", "-c", code]
+        path = self.scripts / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.py"
+        path.write_text(code)
+        return ["python3", str(path)]
 
     def create(
         self,
@@ -161,10 +169,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="session")
-def aws(sandbox: Sandbox) -> Aws:
-    return Aws(
-        sandbox, prepare_account(sandbox.endpoint_url, bucket=BUCKET, role_name="runner", region=REGION)
-    )
+def aws(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Aws:
+    role = prepare_account(sandbox.endpoint_url, bucket=BUCKET, role_name="runner", region=REGION)
+    return Aws(sandbox, role, tmp_path_factory.mktemp("scripts"))
 
 
 @pytest.fixture

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import time
+import uuid
+
+import pytest
+from botocore.exceptions import ClientError
+
 from tests.pipelines.sandbox.conftest import Aws
 
 WRITE = """
@@ -96,7 +103,9 @@ def test_failing_gate_says_what_was_measured_and_allowed(aws: Aws, name: str) ->
 
 def test_independent_steps_run_at_the_same_time(aws: Aws, name: str) -> None:
     code = "import time; time.sleep(1)"
-    aws.create(name, [aws.script("A", code), aws.script("B", code), aws.script("C", "1", DependsOn=["A", "B"])])
+    aws.create(
+        name, [aws.script("A", code), aws.script("B", code), aws.script("C", "1", DependsOn=["A", "B"])]
+    )
     _, steps = aws.run(name)
     starts = {n: s["StartTime"] for n, s in steps.items()}
     assert abs((starts["A"] - starts["B"]).total_seconds()) < 0.5
@@ -111,16 +120,16 @@ def test_parallelism_can_be_limited(aws: Aws, name: str) -> None:
 
 
 def test_exit_message_and_code_become_the_failure_reason(aws: Aws, name: str) -> None:
-    code = "import sys; open('/opt/ml/output/message', 'w').write('no weights: log the model again'); sys.exit(3)"
+    code = "import sys; open('/opt/ml/output/message', 'w').write('no weights: log it again'); sys.exit(3)"
     aws.create(name, [aws.script("Pull", code), aws.script("Next", "1", DependsOn=["Pull"])])
     execution, steps = aws.run(name)
     assert execution["PipelineExecutionStatus"] == "Failed"
     assert list(steps) == ["Pull"], "what depends on a failed step never starts"
-    reason = "AlgorithmError: no weights: log the model again, exit code: 3"
+    reason = "AlgorithmError: no weights: log it again, exit code: 3"
     assert steps["Pull"]["FailureReason"] == reason
     job = aws.sagemaker.describe_processing_job(ProcessingJobName=job_name(steps["Pull"]))
     assert (job["ProcessingJobStatus"], job["FailureReason"]) == ("Failed", reason)
-    assert job["ExitMessage"] == "no weights: log the model again"
+    assert job["ExitMessage"] == "no weights: log it again"
 
 
 def test_a_step_of_another_branch_goes_on_when_one_fails(aws: Aws, name: str) -> None:
@@ -160,7 +169,7 @@ def test_max_runtime_is_enforced(aws: Aws, name: str) -> None:
 def test_stop_ends_running_steps_and_retry_repeats_only_them(aws: Aws, name: str) -> None:
     slow = "import os, time; time.sleep(0 if os.path.exists(os.environ['FLAG']) else 60)"
     step = aws.script("Slow", slow, DependsOn=["First"])
-    flag = aws.sandbox._state_dir / name
+    flag = aws.scripts / name
     step["Arguments"]["Environment"] = {"FLAG": str(flag)}
     aws.create(name, [aws.script("First", "1"), step])
     execution = aws.start(name)
@@ -202,7 +211,9 @@ def test_same_token_gives_the_same_execution(aws: Aws, name: str) -> None:
     aws.create(name, [aws.script("A", "1")])
     token = str(uuid.uuid4())
     arns = {
-        aws.sagemaker.start_pipeline_execution(PipelineName=name, ClientRequestToken=token)["PipelineExecutionArn"]
+        aws.sagemaker.start_pipeline_execution(PipelineName=name, ClientRequestToken=token)[
+            "PipelineExecutionArn"
+        ]
         for _ in range(2)
     }
     assert len(arns) == 1
@@ -217,9 +228,13 @@ def test_lists_executions_parameters_and_the_definition_that_ran(aws: Aws, name:
     aws.create(name, [aws.script("A", "1")], parameters)
     execution, _ = aws.run(name, Text="b")
     arn = execution["PipelineExecutionArn"]
-    given = aws.sagemaker.list_pipeline_parameters_for_execution(PipelineExecutionArn=arn)["PipelineParameters"]
+    given = aws.sagemaker.list_pipeline_parameters_for_execution(PipelineExecutionArn=arn)[
+        "PipelineParameters"
+    ]
     assert given == [{"Name": "Text", "Value": "b"}, {"Name": "Flag", "Value": "true"}]
-    text = aws.sagemaker.describe_pipeline_definition_for_execution(PipelineExecutionArn=arn)["PipelineDefinition"]
+    text = aws.sagemaker.describe_pipeline_definition_for_execution(PipelineExecutionArn=arn)[
+        "PipelineDefinition"
+    ]
     assert json.loads(text)["Steps"][0]["Name"] == "A"
     listed = aws.sagemaker.list_pipeline_executions(PipelineName=name)["PipelineExecutionSummaries"]
     assert [s["PipelineExecutionArn"] for s in listed] == [arn]

@@ -1,4 +1,4 @@
-"""What stands for a serving container in these tests: a few lines of http.server that answer from /opt/ml/model."""
+"""What stands for a serving container in these tests: http.server answering from /opt/ml/model."""
 
 from __future__ import annotations
 
