@@ -93,5 +93,5 @@ def get_mla_metadata(
     """
     if topk is not None:
         raise NotImplementedError(f"topk is {topk}: sparse attention is not supported, expected None")
-    options = {"dtype": torch.int32, "device": cache_seqlens.device}
-    return torch.empty(0, 8, **options), torch.zeros(cache_seqlens.shape[0] + 1, **options)
+    metadata = torch.empty(0, 8, dtype=torch.int32, device=cache_seqlens.device)
+    return metadata, torch.zeros(cache_seqlens.shape[0] + 1, dtype=torch.int32, device=cache_seqlens.device)

@@ -1,4 +1,4 @@
-"""What the operator accepts: the description of a problem, and argument checks that name the argument and both values."""
+"""What the operator accepts: a problem's description, and checks that name the argument and both values."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_arguments(
         _refuse("q", f"has shape {list(q.shape)}", "4 dimensions [b, s_q, h_q, kv_lora_rank + rope]")
     if q.dtype not in FLOAT_DTYPES:
         _refuse("q", f"is {q.dtype}", "bfloat16, float16 or float32")
-    b, s_q, h_q, width = q.shape
+    b, _, _, width = q.shape
     if k_cache.dim() != 4 or k_cache.shape[2] != 1:
         _refuse(
             "k_cache", f"has shape {list(k_cache.shape)}", "[num_blocks, page_size, 1, kv_lora_rank + rope]"

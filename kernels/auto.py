@@ -1,8 +1,9 @@
-"""The `auto` backend: measure the correct backends on the first call of each problem class, then use the fastest."""
+"""The `auto` backend: on a problem class's first call measure the correct backends, then use the fastest."""
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 1e-3}
 
 
 class AutoBackend:
-    """Picks among `available_backends(kernel_dir, device)` a problem class at a time (device, dtypes, sizes)."""
+    """Picks among `available_backends(kernel_dir, device)` for each problem class (device, dtypes, sizes)."""
 
     name = "auto"
 
@@ -94,9 +95,7 @@ class AutoBackend:
             raise BackendError(f"no compiled backend agrees with the reference on {problem}")
         if len(correct) == 1:
             return next(iter(correct.values()))
-        seconds = {
-            name: best_seconds(lambda b=backend: b(*arguments), q.device) for name, backend in correct.items()
-        }
+        seconds = {name: best_seconds(partial(run, *arguments), q.device) for name, run in correct.items()}
         fastest = min(seconds, key=seconds.__getitem__)
         log.info("backend %s is the fastest of %s on %s", fastest, seconds, problem)
         return correct[fastest]

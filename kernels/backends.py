@@ -53,7 +53,7 @@ class Backend(Protocol):
         softmax_scale: float,
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        """out [b, s_q, h_q, head_dim_v] in q's dtype and lse [b, h_q, s_q] float32; shapes as in `kernels`."""
+        """out [b, s_q, h_q, head_dim_v] in q's dtype, lse [b, h_q, s_q] float32; arguments as in kernels."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Time backends side by side on a workload's shapes, beside the torch baseline and the measured read limit."""
+"""Time backends side by side on a workload's shapes, beside the torch baseline and the read limit."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def table(measurements: Sequence[Measurement]) -> str:
     for m in measurements:
         lines.append(
             f"| {m.backend} | {m.name} | {m.h_q} | {m.p50_us:.1f} | {m.p90_us:.1f}"
-            f" | {m.baseline_p50_us:.1f} ({m.baseline}) | {m.speedup:.2f} | {m.gbps:.1f} | {m.fraction_of_limit:.0%} | {m.tflops * 1e3:.0f} |"
+            f" | {m.baseline_p50_us:.1f} ({m.baseline}) | {m.speedup:.2f} | {m.gbps:.1f}"
+            f" | {m.fraction_of_limit:.0%} | {m.tflops * 1e3:.0f} |"
         )
     for backend in dict.fromkeys(m.backend for m in measurements):
         speedups = [m.speedup for m in measurements if m.backend == backend]
@@ -171,7 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each case")
     parser.add_argument("--threads", type=int, help="torch threads, which the cpu target uses too")
     parser.add_argument(
-        "--compile", action="store_true", help="time torch.compile's form of the baseline too"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time torch.compile's baseline too",
     )
     parser.add_argument("--out", type=Path, help="write the measurements as JSON")
     options = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -47,8 +48,8 @@ def default_cache_dir() -> Path:
 def build(targets: str | Sequence[str], out_dir: Path, cache_dir: Path | None = None) -> KernelIndex:
     """Build `targets` into `out_dir` and return its verified index.
 
-    "auto" builds every target that can be built here and records why another cannot; a target named explicitly must
-    build. Raises BuildError with the remedy (no compiler, compiler's error, nothing could be built).
+    "auto" builds every target that can be built here and records why another cannot; a target named by itself
+    must build. Raises BuildError with the remedy (no compiler, compiler's error, nothing could be built).
     """
     names = [targets] if isinstance(targets, str) else list(targets)
     automatic = names == ["auto"]
@@ -68,9 +69,7 @@ def build(targets: str | Sequence[str], out_dir: Path, cache_dir: Path | None = 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, package in packages.items():
-        _publish_folder(
-            out_dir / name, lambda folder, source=package.folder: _copy_files(source, folder), replace=True
-        )
+        _publish_folder(out_dir / name, functools.partial(_copy_files, package.folder), replace=True)
     hashes = {name: package.sha256 for name, package in packages.items()}
     index = {
         "schema_version": SCHEMA_VERSION,

@@ -18,11 +18,11 @@ from kernels.reference import mla_decode_reference, visible_tokens
 from kernels.workloads import Inputs, make_inputs
 
 BOUNDS_REASON = (
-    "16-bit output: rounding it costs up to half a unit in the last place (2^-9 bfloat16, 2^-12 float16) and rounding "
-    "the softmax weights for the matrix unit as much again; the bound is four times 2^-9 or 2^-12. float32: 2e-5 allows "
-    "summation over the cache in another order. fp8_ds_mla: unpacking e4m3 times its scale to 16 bits moves scores by "
-    "2^-9 of their size, so 2^-6. lse is never rounded to 16 bits: 1e-3 absolute allows weights summed after rounding, "
-    "1e-4 in float32, 1e-2 with fp8_ds_mla."
+    "16-bit output: rounding it costs up to half a unit in the last place (2^-9 bfloat16, 2^-12 float16), "
+    "rounding the softmax weights for a 16-bit product as much again; the bound is four times 2^-9 or 2^-12. "
+    "float32: 2e-5 allows summation over the cache in another order. fp8_ds_mla: unpacking e4m3 times its "
+    "scale to 16 bits moves scores by 2^-9 of their size, so 2^-6. lse is never rounded to 16 bits: 1e-3 absolute "
+    "allows weights summed after rounding, 1e-4 in float32, 1e-2 with fp8_ds_mla."
 )
 _OUT_BOUND = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12, torch.float32: 2e-5}
 
@@ -104,7 +104,7 @@ def correctness_cases(
 
 @contextmanager
 def poisoned_allocations(like: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Free blocks of NaN of the output's size first, so that memory a backend leaves unwritten shows as NaN."""
+    """Free blocks of NaN of the output's size first: memory that a backend leaves unwritten shows as NaN."""
     blocks = [torch.full(like, float("nan"), dtype=dtype, device=device) for _ in range(4)]
     del blocks
     yield
@@ -121,7 +121,7 @@ def run_case(backend: Backend, case: CheckCase, seed: int, device: torch.device 
 def compare(
     name: str, inputs: Inputs, out: Tensor, lse: Tensor, bound: float, lse_bound: float
 ) -> CaseResult:
-    """Errors of `out` and `lse` against the definition on `inputs`; rows that see no token must be exactly 0 and +inf."""
+    """Errors of `out` and `lse` against the definition on `inputs`; empty rows must be exactly 0 and +inf."""
     b, s_q, h_q, _ = inputs.q.shape
     shapes_right = (
         tuple(out.shape) == (b, s_q, h_q, inputs.head_dim_v)

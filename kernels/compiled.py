@@ -1,4 +1,4 @@
-"""Call a compiled target through the C ABI: a cached argument structure a problem, so that a call costs microseconds."""
+"""Call a compiled target through the C ABI; argument structures are cached, so a call costs microseconds."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class CompiledBackend:
         softmax_scale: float,
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Run the operator. ValueError for a bad argument, NotImplementedError for a size or dtype not supported."""
+        """Run the operator. ValueError for a bad argument, NotImplementedError for what the target lacks."""
         local = self._local
         on_gpu = self._device_type == "cuda"
         key = (
@@ -169,8 +169,8 @@ def _status_error(status: int, target: str, message: str) -> Exception:
 
 
 def _cpu_unsupported(problem: Problem) -> str | None:
-    if problem.kv_dtype == torch.uint8:
-        return "an fp8_ds_mla cache is not supported by target cpu"
+    if problem.kv_dtype == torch.uint8 and (problem.kv_lora_rank, problem.rope_dim) != (512, 64):
+        return f"fp8_ds_mla needs sizes 512 and 64, got {problem.kv_lora_rank} and {problem.rope_dim}"
     for name, value in (("kv_lora_rank", problem.kv_lora_rank), ("rope_dim", problem.rope_dim)):
         if value % 16:
             return f"{name} is {value}, target cpu needs a multiple of 16"
@@ -183,13 +183,13 @@ def _hopper_unsupported(problem: Problem) -> str | None:
             f"target hopper needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
         )
     if (problem.kv_lora_rank, problem.rope_dim) != (512, 64):
-        return f"target hopper takes kv_lora_rank 512 and rope 64, got {problem.kv_lora_rank} and {problem.rope_dim}"
+        return f"target hopper takes sizes 512 and 64, got {problem.kv_lora_rank} and {problem.rope_dim}"
     if problem.page_size != 64:
         return f"target hopper takes pages of 64 tokens, got {problem.page_size}"
     if problem.q_dtype not in (torch.bfloat16, torch.float16):
         return f"target hopper takes bfloat16 and float16 queries, got {problem.q_dtype}"
     if problem.kv_dtype not in (problem.q_dtype, torch.uint8):
-        return f"target hopper takes a cache of q's dtype {problem.q_dtype} or fp8_ds_mla, got {problem.kv_dtype}"
+        return f"target hopper takes a {problem.q_dtype} (as q) or fp8_ds_mla cache, got {problem.kv_dtype}"
     if problem.h_q > 128:
         return f"target hopper takes at most 128 heads, got {problem.h_q}"
     return None

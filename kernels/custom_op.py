@@ -1,4 +1,4 @@
-"""`torch.ops.mla.decode`: the operator as a torch.library custom op, so that torch.compile and export can hold it."""
+"""`torch.ops.mla.decode`: the operator as a torch.library custom op, for torch.compile and export."""
 
 from __future__ import annotations
 

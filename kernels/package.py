@@ -1,4 +1,4 @@
-"""Load and verify what `kernels.build` wrote: one compiled target (KernelPackage) or a folder of them (KernelIndex)."""
+"""Load and verify what `kernels.build` wrote: a target (KernelPackage) or a folder of them (KernelIndex)."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ class KernelPackage:
             )
         if manifest["abi_version"] != ABI_VERSION:
             raise KernelPackageError(
-                f"kernel package {folder} has ABI version {manifest['abi_version']}, this code speaks {ABI_VERSION}; "
-                "build the kernel again with this version of the code"
+                f"kernel package {folder} has ABI version {manifest['abi_version']}, "
+                f"this code speaks {ABI_VERSION}; build the kernel again with this version of the code"
             )
         if manifest["machine"] != platform.machine():
             raise KernelPackageError(
@@ -129,13 +129,13 @@ class KernelPackage:
         size, sha = library.stat().st_size, file_sha256(library)
         if size != manifest["bytes"] or sha != manifest["sha256"]:
             raise KernelPackageError(
-                f"{library} is damaged: manifest says {manifest['bytes']} bytes, sha256 {manifest['sha256']}; "
-                f"found {size} bytes, sha256 {sha}; copy or build it again"
+                f"{library} is damaged: manifest says {manifest['bytes']} bytes, "
+                f"sha256 {manifest['sha256']}; found {size} bytes, sha256 {sha}; copy or build it again"
             )
         return cls(folder, manifest["target"], sha, manifest)
 
     def open(self) -> ctypes.CDLL:
-        """The library with argument types set. Raises KernelPackageError when the file is not what it claims."""
+        """The library with argument types set; KernelPackageError when the file is not what it claims."""
         path = self.folder / LIBRARY
         try:
             library = ctypes.CDLL(str(path.resolve()))
@@ -178,7 +178,8 @@ class KernelIndex:
         index = read_json(folder / INDEX)
         if index.get("schema_version") != SCHEMA_VERSION:
             raise KernelPackageError(
-                f"{folder / INDEX} has schema_version {index.get('schema_version')}, this code reads {SCHEMA_VERSION}"
+                f"{folder / INDEX} has schema_version {index.get('schema_version')}, "
+                f"this code reads {SCHEMA_VERSION}"
             )
         packages = {}
         for target, entry in index.get("packages", {}).items():

@@ -38,7 +38,7 @@ def dequantize_fp8_ds_mla(cache: Tensor, dtype: torch.dtype = torch.float32) -> 
 
 
 def quantize_fp8_ds_mla(cache: Tensor) -> Tensor:
-    """Pack a cache [..., 576] into fp8_ds_mla, uint8 [..., 656]: scale = largest magnitude of a group / 448."""
+    """Pack a cache [..., 576] into fp8_ds_mla, uint8 [..., 656]; a scale is a group's largest value / 448."""
     if cache.shape[-1] != FP8_LATENT + 64:
         raise ValueError(f"fp8_ds_mla needs {FP8_LATENT + 64} values a token, got {cache.shape[-1]}")
     latent = cache[..., :FP8_LATENT].float().unflatten(-1, (-1, FP8_SCALE_GROUP))
@@ -111,8 +111,8 @@ def mla_decode_absorbed(
 ) -> tuple[Tensor, Tensor]:
     """The operator as two batched matrix products in `compute_dtype` (default: the cache's, so the fastest).
 
-    Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one and
-    masked only where their lengths differ; pages that no row uses are never read. With a 16-bit `compute_dtype`
+    Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one
+    and masked only where lengths differ; pages that no row uses are never read. With a 16-bit `compute_dtype`
     torch rounds the scores to 16 bits: that is the baseline's speed and its error; torch.float32 is accurate.
     `attend` replaces the tensor part, for `compiled_absorbed`.
     """
@@ -153,8 +153,10 @@ def _attend(
     stale: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gather, score, softmax, sum. `stale` [b, longest] marks memory that may hold NaN, `hidden` [b, s_q * h_q,
-    longest] the tokens that a query must not see."""
+    """Gather, score, softmax, sum.
+
+    `stale` [b, longest] is memory that may hold NaN, `hidden` [b, s_q * h_q, longest] what a query cannot see.
+    """
     b, s_q, h_q, width = q.shape
     keys = k_cache[table.long(), :, 0].flatten(1, 2)[:, :longest].to(dtype)
     if stale is not None:  # 0 * NaN is NaN, so weights of 0 do not suffice

@@ -33,6 +33,7 @@ CPU_LINK_FLAGS = (
     "-static-libstdc++",
     "-static-libgcc",
     "-Wl,-z,defs",
+    "-Wl,--exclude-libs,ALL",
     "-Wl,--build-id=none",
 )
 CPU_UNIT_FLAGS: Mapping[str, tuple[str, ...]] = {
@@ -57,7 +58,7 @@ HOPPER_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-
 
 
 class BuildError(RuntimeError):
-    """A target cannot be built. `unavailable`: the machine lacks something, as opposed to a compiler's error."""
+    """A target cannot be built; `unavailable` when the machine lacks something, not the code."""
 
     def __init__(self, message: str, *, unavailable: bool = False) -> None:
         super().__init__(message)
@@ -66,7 +67,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class CompilerReport:
-    """What the compiler said of the code: the largest register count and spilled bytes, None where it says nothing."""
+    """What the compiler said: largest register count and spilled bytes, None where it says nothing."""
 
     registers: int | None = None
     spill_bytes: int | None = None
@@ -106,7 +107,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def compile(self, folder: Path, log: Path) -> CompilerReport:
-        """Write `folder`/libmla_decode.so and `log`. Raises BuildError with the end of the compiler's output."""
+        """Write `folder`/libmla_decode.so and `log`; BuildError with the end of the compiler's output."""
         return self.runner(self, folder, log)
 
 
@@ -117,7 +118,7 @@ def cpu_recipe() -> Recipe:
     if shutil.which(command[0]) is None:
         where = f"CXX={configured!r}" if configured else "g++"
         raise BuildError(
-            f"{where} not found on PATH; install a C++17 compiler with OpenMP (apt-get install g++) or set CXX",
+            f"{where} not found on PATH; install a C++17 compiler with OpenMP (package g++) or set CXX",
             unavailable=True,
         )
     folder = SOURCE_ROOT / "cpu"
@@ -139,8 +140,8 @@ def cpu_recipe() -> Recipe:
 def _compile_cpu(recipe: Recipe, folder: Path, log: Path) -> CompilerReport:
     units = [(source, folder / f"{source.stem}.o") for source in recipe.sources]
     commands = [
-        [*recipe.compiler, *CPU_FLAGS, *CPU_UNIT_FLAGS.get(source.name, ()), f"-I{SOURCE_ROOT}", "-c", str(source),
-         "-o", str(unit)]
+        [*recipe.compiler, *CPU_FLAGS, *CPU_UNIT_FLAGS.get(source.name, ()), f"-I{SOURCE_ROOT}", "-c",
+         str(source), "-o", str(unit)]
         for source, unit in units
     ]  # fmt: skip
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -1,4 +1,4 @@
-"""The shapes that are timed, and inputs for any shape: fresh random values, shuffled pages, NaN where nothing may read."""
+"""The shapes that are timed, and inputs for any shape: random, pages shuffled, NaN where nothing may read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Case:
 
 
 def parse_workload(text: str) -> list[Case]:
-    """Cases of a preset name, or of "1x512,8x4096,16x1024x2" (batch x cache length [x queries]); ValueError otherwise."""
+    """Cases of a preset, or of "1x512,16x1024x2" (batch x cache length [x queries]); ValueError otherwise."""
     cases = []
     for part in PRESETS.get(text.strip(), text).split(","):
         match = _CASE.fullmatch(part.strip())

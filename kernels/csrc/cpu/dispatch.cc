@@ -41,8 +41,9 @@ int level() {
 const Kernel& best_kernel(int q_dtype, int kv_dtype) {
   static const int best = level();
 #if defined(__x86_64__)
-  // The bf16 dot product rounds nothing only if both operands are bf16 already.
-  if (best >= 3 && q_dtype == MLA_DTYPE_BFLOAT16 && kv_dtype == MLA_DTYPE_BFLOAT16) return avx512bf16_kernel();
+  // A wider query or cache would lose bits in the bfloat16 dot product; unpacked e4m3 loses no more than it has lost.
+  const bool coarse_cache = kv_dtype == MLA_DTYPE_BFLOAT16 || kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  if (best >= 3 && q_dtype == MLA_DTYPE_BFLOAT16 && coarse_cache) return avx512bf16_kernel();
   if (best >= 2) return avx512_kernel();
   if (best >= 1) return avx2_kernel();
 #else

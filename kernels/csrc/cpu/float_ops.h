@@ -48,6 +48,7 @@ MLA_INLINE void store_sums(const vf (&acc)[R][T], float* out, int stride) {
 template <int D>
 struct FloatOps {
   using Q = float;
+  static constexpr int kCacheDtype = D;
 
   static int acc_stride(int rank) { return rank; }
 
@@ -147,7 +148,7 @@ struct FloatOps {
 };
 
 void run_any(const Segment& s, const State& state, unsigned char* scratch) {
-  if (s.kv_dtype == MLA_DTYPE_FLOAT32)
+  if (s.kv_dtype == MLA_DTYPE_FLOAT32 || s.kv_dtype == MLA_DTYPE_FP8_DS_MLA)
     run_segment<FloatOps<MLA_DTYPE_FLOAT32>>(s, state, scratch);
   else if (s.kv_dtype == MLA_DTYPE_BFLOAT16)
     run_segment<FloatOps<MLA_DTYPE_BFLOAT16>>(s, state, scratch);
@@ -156,7 +157,7 @@ void run_any(const Segment& s, const State& state, unsigned char* scratch) {
 }
 
 constexpr Kernel make_float_kernel(const char* name, int macs_per_ns) {
-  typedef FloatOps<MLA_DTYPE_FLOAT32> Ops;  // scratch and store do not depend on the cache's dtype
+  typedef FloatOps<MLA_DTYPE_FLOAT32> Ops;  // scratch and store are the same for every other
   return {name, macs_per_ns, scratch_bytes<Ops>, Ops::acc_stride, run_any, store_row<Ops>};
 }
 

@@ -13,6 +13,7 @@ MLA_INLINE __m512bh load_half(const void* from) {  // 16 values, the others 0
 
 struct DotOps {
   using Q = uint16_t;
+  static constexpr int kCacheDtype = MLA_DTYPE_BFLOAT16;
 
   // Sums are kept as interleaving two tokens leaves them: of 32 columns first those with bit 2 clear, then the others,
   // 4 at a time. read_columns undoes it.

@@ -35,7 +35,10 @@ int fail(char* error, size_t bytes, int code, const char* format, ...) {
   return code;
 }
 
-size_t dtype_bytes(int dtype) { return dtype == MLA_DTYPE_FLOAT32 ? 4 : 2; }
+// Bytes of the unit that strides count.
+size_t dtype_bytes(int dtype) {
+  return dtype == MLA_DTYPE_FLOAT32 ? 4 : dtype == MLA_DTYPE_FP8_DS_MLA ? 1 : 2;
+}
 size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int thread_count(const mla_decode_params& p) {
@@ -67,7 +70,7 @@ Layout make_layout(const mla_decode_params& p, const Kernel& kernel) {
   l.max_items = p.batch * l.groups + l.max_slots;
   l.acc_stride = kernel.acc_stride(p.kv_lora_rank);
   l.slot_bytes = round_up((size_t)l.group_rows * (l.acc_stride + 2) * sizeof(float), kAlign);
-  l.scratch_bytes = round_up(kernel.scratch_bytes(l.group_rows, p.kv_lora_rank + p.rope_dim), kAlign) + l.slot_bytes;
+  l.scratch_bytes = round_up(kernel.scratch_bytes(l.group_rows, p.kv_lora_rank + p.rope_dim, p.kv_dtype), kAlign) + l.slot_bytes;
   l.items = 0;
   l.slots = round_up(l.max_items * sizeof(Item), kAlign);
   l.scratch = l.slots + l.max_slots * l.slot_bytes;
@@ -136,8 +139,6 @@ int check(const mla_decode_params* params, char* error, size_t bytes) {
               "q_dtype is %d, expected 0 (float32), 1 (bfloat16) or 2 (float16)", p.q_dtype);
   MLA_REQUIRE(p.kv_dtype >= MLA_DTYPE_FLOAT32 && p.kv_dtype <= MLA_DTYPE_FP8_DS_MLA,
               "kv_dtype is %d, expected 0 to 3", p.kv_dtype);
-  if (p.kv_dtype == MLA_DTYPE_FP8_DS_MLA)
-    return fail(error, bytes, MLA_ERROR_UNSUPPORTED, "kv_dtype 3 (fp8_ds_mla) is not supported by target cpu");
   MLA_REQUIRE(p.batch >= 0 && p.batch <= 1 << 20, "batch is %d, expected 0 to 1048576", p.batch);
   MLA_REQUIRE(p.s_q >= 1 && p.s_q <= 64, "s_q is %d, expected 1 to 64", p.s_q);
   MLA_REQUIRE(p.h_q >= 1 && p.h_q <= 1024, "h_q is %d, expected 1 to 1024", p.h_q);
@@ -145,6 +146,9 @@ int check(const mla_decode_params* params, char* error, size_t bytes) {
               "kv_lora_rank is %d, expected a multiple of 16 from 16 to 4096", p.kv_lora_rank);
   MLA_REQUIRE(p.rope_dim >= 0 && p.rope_dim <= 1024 && p.rope_dim % 16 == 0,
               "rope_dim is %d, expected a multiple of 16 from 0 to 1024", p.rope_dim);
+  MLA_REQUIRE(p.kv_dtype != MLA_DTYPE_FP8_DS_MLA || (p.kv_lora_rank == kFp8Rank && p.rope_dim == kFp8Rope),
+              "kv_lora_rank, rope_dim are %d, %d, expected 512, 64 for kv_dtype 3 (fp8_ds_mla)", p.kv_lora_rank,
+              p.rope_dim);
   MLA_REQUIRE(p.num_blocks >= 0, "num_blocks is %d, expected at least 0", p.num_blocks);
   MLA_REQUIRE(p.page_size >= 1 && p.page_size <= 1 << 20, "page_size is %d, expected 1 to 1048576", p.page_size);
   MLA_REQUIRE(p.max_blocks_per_seq >= 0, "max_blocks_per_seq is %d, expected at least 0", p.max_blocks_per_seq);
@@ -156,10 +160,11 @@ int check(const mla_decode_params* params, char* error, size_t bytes) {
 }
 
 int check_memory(const mla_decode_params& p, const Layout& l, char* error, size_t bytes) {
-  const int width = p.kv_lora_rank + p.rope_dim;
+  const bool packed = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  const int width = p.kv_lora_rank + p.rope_dim, token = packed ? kFp8TokenBytes : width;
   MLA_REQUIRE(isfinite(p.softmax_scale), "softmax_scale is %g, expected a finite number", (double)p.softmax_scale);
   const struct { const char* name; const void* pointer; size_t align; } pointers[] = {
-      {"q", p.q, dtype_bytes(p.q_dtype)},       {"kv_cache", p.kv_cache, dtype_bytes(p.kv_dtype)},
+      {"q", p.q, dtype_bytes(p.q_dtype)},       {"kv_cache", p.kv_cache, packed ? 4 : dtype_bytes(p.kv_dtype)},
       {"block_table", p.block_table, 4},        {"cache_seqlens", p.cache_seqlens, 4},
       {"out", p.out, dtype_bytes(p.q_dtype)},   {"lse", p.lse, 4},
       {"workspace", p.workspace, kAlign},
@@ -172,9 +177,9 @@ int check_memory(const mla_decode_params& p, const Layout& l, char* error, size_
                 entry.name, entry.pointer, entry.align);
   }
   const struct { const char* name; int64_t stride, least; } strides[] = {
-      {"q_stride_head", p.q_stride_head, width},      {"q_stride_seq", p.q_stride_seq, 0},
-      {"q_stride_batch", p.q_stride_batch, 0},        {"kv_stride_token", p.kv_stride_token, width},
-      {"kv_stride_block", p.kv_stride_block, p.num_blocks > 1 ? width : 0},
+      {"q_stride_head", p.q_stride_head, p.h_q > 1 ? width : 0},      {"q_stride_seq", p.q_stride_seq, 0},
+      {"q_stride_batch", p.q_stride_batch, 0},        {"kv_stride_token", p.kv_stride_token, p.page_size > 1 ? token : 0},
+      {"kv_stride_block", p.kv_stride_block, p.num_blocks > 1 ? token : 0},
       {"block_table_stride", p.block_table_stride, 0},
       {"out_stride_head", p.out_stride_head, p.h_q > 1 ? p.kv_lora_rank : 0},
       {"out_stride_seq", p.out_stride_seq, p.s_q > 1 ? p.kv_lora_rank : 0},

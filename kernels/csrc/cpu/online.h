@@ -4,7 +4,8 @@
 //   P            element of the weights, stored in place of the scores (float or bfloat16 bits)
 //   scores       S[r][t] = dot(q[r], token[t])            t < count, count a multiple of 4
 //   accumulate   acc[r][:] = acc[r][:] * alpha[r] + sum_t P[r][t] * token[t][:rank]
-//   column       where value v of a row is kept in acc
+//   read_columns W consecutive columns of a row of acc, whose order is the kernel's own
+//   kCacheDtype  enum mla_dtype of the tokens it multiplies; an fp8_ds_mla cache is unpacked to it tile by tile
 #ifndef MLA_CPU_ONLINE_H_
 #define MLA_CPU_ONLINE_H_
 
@@ -39,12 +40,16 @@ struct Scratch {
   float* scores;  // [rows, kTile]
   float* alpha;   // [rows]
   Token *tokens, *next;
+  Token* multiplied;  // the tokens as the products read them: `tokens`, or where they were unpacked
+  unsigned char* unpacked;
 };
 
 template <class Ops>
-size_t scratch_bytes(int rows, int width) {
+size_t scratch_bytes(int rows, int width, int kv_dtype) {
+  const size_t unpacked =
+      kv_dtype == MLA_DTYPE_FP8_DS_MLA ? kTile * (size_t)width * dtype_bytes(Ops::kCacheDtype) : 0;
   return align64((size_t)rows * width * sizeof(typename Ops::Q)) + (size_t)rows * kTile * 4 + align64(rows * 4) +
-         2 * kTile * sizeof(Token) + 64;
+         3 * kTile * sizeof(Token) + unpacked + 64;
 }
 
 template <class Ops>
@@ -58,6 +63,8 @@ MLA_INLINE Scratch scratch_at(unsigned char* base, int rows, int width) {
   base += align64(rows * 4);
   s.tokens = reinterpret_cast<Token*>(base);
   s.next = s.tokens + kTile;
+  s.multiplied = s.next + kTile;
+  s.unpacked = reinterpret_cast<unsigned char*>(s.multiplied + kTile);
   return s;
 }
 
@@ -74,6 +81,24 @@ MLA_INLINE void token_addresses(const Segment& s, int begin, int end, Token* tok
     t += stop - first;
   }
   for (; n % 4 != 0; ++n) tokens[n] = tokens[n - 1];
+}
+
+// Unpacks fp8_ds_mla tokens; the list is padded to a multiple of 4 with the last one.
+template <int D>
+void unpack_fp8(const Token* tokens, int count, unsigned char* unpacked, Token* list) {
+  constexpr int kBytes = D == MLA_DTYPE_FLOAT32 ? 4 : 2;
+  for (int t = 0; t < count; ++t) {
+    unsigned char* to = unpacked + (size_t)t * (kFp8Rank + kFp8Rope) * kBytes;
+    list[t] = to;
+    for (int i = 0; i < kFp8Rank; i += W) {
+      const float scale = load_as<float>(tokens[t] + kFp8Rank + i / kFp8Group * 4);
+      store<D>(to + i * kBytes, load_e4m3(tokens[t] + i) * scale);
+    }
+    const Token rope = tokens[t] + kFp8TokenBytes - kFp8Rope * 2;
+    for (int i = 0; i < kFp8Rope; i += W)
+      store<D>(to + (kFp8Rank + i) * kBytes, load<MLA_DTYPE_BFLOAT16>(rope + i * 2));
+  }
+  for (; count % 4 != 0; ++count) list[count] = list[count - 1];
 }
 
 // Turns the scores of one row into weights relative to the new maximum; returns the factor for what was summed so far.
@@ -106,15 +131,18 @@ void run_tile(const Segment& s, const State& state, const Scratch& w, int row_be
               int next_count) {
   const int width = s.width, stride = Ops::acc_stride(s.rank), rows = row_end - row_begin;
   float* scores = w.scores + (size_t)row_begin * kTile;
-  Fetch fetch = {w.next, next_count, width * dtype_bytes(s.kv_dtype), 0, 0};
-  Ops::scores(reinterpret_cast<const typename Ops::Q*>(w.q) + (size_t)row_begin * width, rows, w.tokens,
+  const bool packed = s.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  if (packed) unpack_fp8<Ops::kCacheDtype>(w.tokens, count, w.unpacked, w.multiplied);
+  const Token* tokens = packed ? w.multiplied : w.tokens;
+  Fetch fetch = {w.next, next_count, packed ? kFp8TokenBytes : width * dtype_bytes(s.kv_dtype), 0, 0};
+  Ops::scores(reinterpret_cast<const typename Ops::Q*>(w.q) + (size_t)row_begin * width, rows, tokens,
               (count + 3) / 4 * 4, width, scores, fetch);
   // -inf - -inf would be NaN, so a scale of 0 (uniform weights) is applied as the smallest positive number.
   const float scale = s.scale_log2 == 0.0f ? 1e-38f : s.scale_log2;
   for (int r = 0; r < rows; ++r)
     w.alpha[r] = softmax_row<Ops>(scores + (size_t)r * kTile, count, scale, state.maximum + row_begin + r,
                                   state.total + row_begin + r);
-  Ops::accumulate(scores, rows, w.tokens, count, s.rank, w.alpha, state.sum + (size_t)row_begin * stride, stride, fetch);
+  Ops::accumulate(scores, rows, tokens, count, s.rank, w.alpha, state.sum + (size_t)row_begin * stride, stride, fetch);
 }
 
 template <class Ops>

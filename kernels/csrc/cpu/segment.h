@@ -8,6 +8,9 @@
 
 namespace mla {
 
+// fp8_ds_mla: a token is 512 e4m3 latents, one float32 scale for each 128 of them, 64 bfloat16 rope values.
+constexpr int kFp8Rank = 512, kFp8Rope = 64, kFp8Group = 128, kFp8TokenBytes = 656;
+
 constexpr int kTile = 128;      // cache tokens whose scores are held at once
 constexpr int kGroupRows = 128; // query rows that share one pass over the cache
 
@@ -47,7 +50,7 @@ struct Kernel {
   const char* name;
   int macs_per_ns;  // multiply-adds of a core, roughly; decides how many threads a small problem is worth
   // Bytes of a thread's scratch for groups of `rows` rows, and floats of a row of State::sum.
-  size_t (*scratch_bytes)(int rows, int width);
+  size_t (*scratch_bytes)(int rows, int width, int kv_dtype);
   int (*acc_stride)(int rank);
   void (*run)(const Segment&, const State&, unsigned char* scratch);
   // Merges `parts` states in order, normalises and writes rows [row, row + 1).

@@ -28,6 +28,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
 
 #define MLA_INLINE inline __attribute__((always_inline))
 
@@ -118,7 +119,19 @@ MLA_INLINE void store(void* to, vf v) {
   }
 }
 
-MLA_INLINE int dtype_bytes(int dtype) { return dtype == MLA_DTYPE_FLOAT32 ? 4 : 2; }
+// W e4m3 values as floats: exponent and fraction move to a float's place, where they mean 2^-120 of the value
+// (subnormals too); 0x7f is NaN.
+MLA_INLINE vf load_e4m3(const void* from) {
+  const vu code = __builtin_convertvector(load_as<vb>(from), vu);
+  const vf magnitude = (vf)((code & 0x7f) << 20) * 0x1p120f;
+  const vf value = (vf)((vu)magnitude | (code & 0x80) << 24);
+  return (code & 0x7f) == 0x7f ? splat(NAN) : value;
+}
+
+// Bytes of the unit that strides count.
+MLA_INLINE int dtype_bytes(int dtype) {
+  return dtype == MLA_DTYPE_FLOAT32 ? 4 : dtype == MLA_DTYPE_FP8_DS_MLA ? 1 : 2;
+}
 
 // 2^x for x <= 0, relative error below 2e-7; below 2^-126 it is 0; NaN stays NaN. Minimax polynomial of 2^f on
 // [-1/2, 1/2], f = x - round(x).

@@ -1,0 +1,144 @@
+"""The custom op, the auto backend, workloads and the bench."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels.custom_op
+from kernels import Backend, available_backends, get_backend
+from kernels.auto import AutoBackend
+from kernels.bench import main, measure
+from kernels.reference import (
+    dequantize_fp8_ds_mla,
+    mla_decode_absorbed,
+    mla_decode_reference,
+    quantize_fp8_ds_mla,
+)
+from kernels.timing import interleaved, summarize
+from kernels.workloads import PRESETS, Case, make_inputs, parse_workload
+
+
+def test_custom_op_passes_torchs_own_checks(cpu: Backend) -> None:
+    arguments = (*make_inputs([70, 3], h_q=4).arguments(), "cpu")
+    torch.library.opcheck(kernels.custom_op.decode, arguments)
+    out, lse = torch.ops.mla.decode(*arguments)
+    expected = cpu(*arguments[:-1])
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+def test_custom_op_under_torch_compile() -> None:
+    arguments = make_inputs([70, 3], h_q=4).arguments()
+
+    def layer(q: torch.Tensor) -> torch.Tensor:
+        out, _ = torch.ops.mla.decode(q * 2, *arguments[1:], "cpu")
+        return out.float().sum(-1)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(arguments[0]), layer(arguments[0]))
+
+
+def test_auto_takes_a_correct_backend_once_a_class() -> None:
+    auto = AutoBackend()
+    inputs = make_inputs([70, 3, 0], h_q=4)
+    out, _ = auto(*inputs.arguments())
+    expected, _ = mla_decode_reference(*inputs.arguments())
+    assert float((out.double() - expected).norm() / expected.norm()) < 4 * 2.0**-9
+    assert auto.choose(*inputs.arguments()).name == "cpu"
+
+
+def test_auto_leaves_a_wrong_backend_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        name = "cpu"
+
+        def unsupported(self, problem: object) -> None:
+            return None
+
+        def __call__(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+            out, lse = get_backend("reference")(*arguments)
+            return out * 1.1, lse
+
+    found = {"cpu": Wrong(), "reference": get_backend("reference")}
+    monkeypatch.setattr("kernels.auto.available_backends", lambda *_: found)
+    with pytest.raises(RuntimeError, match="agrees with the reference"):
+        AutoBackend()(*make_inputs([70], h_q=4).arguments())
+
+
+def test_auto_falls_back_to_the_reference() -> None:
+    inputs = make_inputs([70], h_q=4, kv_lora_rank=24, rope_dim=8)
+    assert AutoBackend().choose(*inputs.arguments()).name == "reference"
+
+
+def test_available_backends_of_a_cpu() -> None:
+    assert set(available_backends(None, torch.device("cpu"))) == {"cpu", "reference"}
+
+
+@pytest.mark.parametrize("lengths", [[70, 3, 0], [128, 128]])
+@pytest.mark.parametrize("causal", [False, True])
+def test_absorbed_form_is_the_definition(lengths: list[int], causal: bool) -> None:
+    inputs = make_inputs(lengths, h_q=3, s_q=2, causal=causal, q_dtype=torch.float32, kv_dtype=torch.float32)
+    out, lse = mla_decode_absorbed(*inputs.arguments())
+    expected, expected_lse = mla_decode_reference(*inputs.arguments())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_fp8_layout_round_trip() -> None:
+    cache = torch.randn(3, 64, 1, 576)
+    packed = quantize_fp8_ds_mla(cache)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (3, 64, 1, 656)
+    unpacked = dequantize_fp8_ds_mla(packed)
+    assert (
+        float((unpacked - cache)[..., :512].norm() / cache[..., :512].norm()) < 0.04
+    )  # e4m3: 3 fraction bits
+    assert torch.equal(unpacked[..., 512:], cache[..., 512:].bfloat16().float())
+    with pytest.raises(ValueError, match="656"):
+        dequantize_fp8_ds_mla(cache)
+
+
+def test_workloads() -> None:
+    assert parse_workload("1x512,8x4096, 16x1024x2") == [Case(1, 512), Case(8, 4096), Case(16, 1024, 2)]
+    assert [case.name for case in parse_workload("8x4096,16x1024x2")] == ["8x4096", "16x1024x2"]
+    for preset in PRESETS:
+        assert parse_workload(preset)
+    for bad in ("", "fast", "8", "8x", "0x512", "1x512,", "1x512x99"):
+        with pytest.raises(ValueError, match="workload"):
+            parse_workload(bad)
+
+
+def test_measure_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], cpu: Backend) -> None:
+    (result,) = measure({"cpu": cpu}, [Case(2, 100)], h_q=4, seconds_per_case=0.05, limit_gbps=10.0)
+    assert result.name == "2x100"
+    assert result.p50_us <= result.p90_us <= result.p99_us
+    assert math.isclose(result.speedup, result.baseline_p50_us / result.p50_us)
+    assert math.isclose(result.fraction_of_limit, result.gbps / 10)
+    file = tmp_path / "bench.json"
+    arguments = [
+        "--workload",
+        "1x64",
+        "--heads",
+        "4",
+        "--seconds",
+        "0.05",
+        "--backends",
+        "cpu",
+        "--no-compile",
+    ]
+    assert main([*arguments, "--device", "cpu", "--out", str(file)]) == 0
+    assert "geometric mean" in capsys.readouterr().out
+    assert json.loads(file.read_text())["measurements"][0]["backend"] == "cpu"
+
+
+def test_interleaved_runs_every_call_equally() -> None:
+    order: list[str] = []
+    calls = {name: (lambda n=name: order.append(n)) for name in "ab"}
+    timings = interleaved(calls, torch.device("cpu"), seconds=0, least=4, most=4)
+    assert {name: timing.samples for name, timing in timings.items()} == {"a": 4, "b": 4}
+    assert order[6:] == list("abbaabba")
+    assert summarize([1.0, 2.0, 3.0]).p50_us == 2.0
