@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class Sizes:
             softmax_scale=config.softmax_scale,
         )
 
+    def variants(self) -> list[Sizes]:
+        """These sizes, and with bfloat16 queries: the engine rounds them for a kernel that needs it."""
+        rounded = dataclasses.replace(self, q_dtype=torch.bfloat16)
+        return [self] if rounded == self else [self, rounded]
+
     def problem(self, device: torch.device, case: Case) -> Problem:
         """The problem that `case` of a workload poses."""
         return Problem(
@@ -66,6 +72,14 @@ class Sizes:
             PAGE_SIZE,
             causal=case.s_q > 1,
         )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A backend in the contest, and the sizes at which the engine would call it."""
+
+    backend: Backend
+    sizes: Sizes
 
 
 @dataclass(frozen=True)
@@ -94,11 +108,11 @@ def hold_contest(
             f"No decode backend can run this model with KernelBackend '{requested}': {why}.",
             "Choose another KernelBackend, KvCacheDtype or ProcessingInstanceType.",
         )
-    checked = {name: check(backend, sizes, device) for name, backend in able.items()}
-    correct = {name: backend for name, backend in able.items() if checked[name].passed}
+    checked = {name: check(entry, device) for name, entry in able.items()}
+    correct = {name: entry for name, entry in able.items() if checked[name].passed}
     timed = correct or dict([next(iter(able.items()))])
     limit = read_limit_gbps(device)
-    measured = time_backends(timed, workload, sizes, device, limit)
+    measured = time_entries(timed, workload, device, limit)
     geomeans = {name: geometric_mean([m.p50_us for m in rows]) for name, rows in measured.items()}
     winner = min(geomeans, key=geomeans.__getitem__)
     log.info("backend %s is the choice among %s", winner, {n: f"{us:.1f} us" for n, us in geomeans.items()})
@@ -127,9 +141,9 @@ def hold_contest(
 
 def candidates(
     requested: str, kernel_dir: Path, sizes: Sizes, workload: Sequence[Case], device: torch.device
-) -> tuple[dict[str, Backend], dict[str, str]]:
+) -> tuple[dict[str, Entry], dict[str, str]]:
     """Backends that can run every case of the workload, and the others' reasons in words."""
-    able: dict[str, Backend] = {}
+    able: dict[str, Entry] = {}
     reasons: dict[str, str] = {}
     offered = available_backends(kernel_dir, device) if requested == "auto" else {requested}
     for name in NAMES if requested == "auto" else (requested,):
@@ -140,19 +154,26 @@ def candidates(
         except (BackendError, ImportError) as error:
             reasons[name] = str(error)
             continue
-        problems = (sizes.problem(device, case) for case in workload)
-        reason = next((why for problem in problems if (why := backend.unsupported(problem))), None)
-        if reason:
-            reasons[name] = reason
+        refusals = {variant: refusal(backend, variant, workload, device) for variant in sizes.variants()}
+        fitting = [variant for variant, reason in refusals.items() if reason is None]
+        if not fitting:
+            reasons[name] = "; ".join(dict.fromkeys(str(reason) for reason in refusals.values()))
         elif name not in offered:  # e.g. Triton's interpreter, which is correct on a CPU but no way to serve
             reasons[name] = f"auto does not use it on a {device.type}"
         else:
-            able[name] = backend
+            able[name] = Entry(backend, fitting[0])
     return able, reasons
 
 
-def check(backend: Backend, sizes: Sizes, device: torch.device) -> Correctness:
+def refusal(backend: Backend, sizes: Sizes, workload: Sequence[Case], device: torch.device) -> str | None:
+    """Why the backend cannot run some case of the workload; None when it can run all."""
+    problems = (sizes.problem(device, case) for case in workload)
+    return next((reason for problem in problems if (reason := backend.unsupported(problem))), None)
+
+
+def check(entry: Entry, device: torch.device) -> Correctness:
     """Run every correctness case at the model's sizes."""
+    backend, sizes = entry.backend, entry.sizes
     cases = []
     for case in correctness_cases(
         h_q=sizes.h_q,
@@ -194,27 +215,25 @@ def check(backend: Backend, sizes: Sizes, device: torch.device) -> Correctness:
     )
 
 
-def time_backends(
-    backends: Mapping[str, Backend],
-    workload: Sequence[Case],
-    sizes: Sizes,
-    device: torch.device,
-    limit_gbps: float,
+def time_entries(
+    entries: Mapping[str, Entry], workload: Sequence[Case], device: torch.device, limit_gbps: float
 ) -> dict[str, list[Measurement]]:
-    """Time the backends beside the torch baseline, interleaved; one measurement a case, by backend."""
-    measurements = measure(
-        backends,
-        workload,
-        h_q=sizes.h_q,
-        kv_lora_rank=sizes.kv_lora_rank,
-        rope_dim=sizes.rope_dim,
-        q_dtype=sizes.q_dtype,
-        kv_dtype=sizes.kv_dtype,
-        softmax_scale=sizes.softmax_scale,
-        device=device,
-        seconds_per_case=SECONDS_PER_CASE,
-        limit_gbps=limit_gbps,
-    )
+    """Time backends of equal sizes interleaved with the torch baseline; a measurement a case, by backend."""
+    measurements: list[Measurement] = []
+    for sizes in dict.fromkeys(entry.sizes for entry in entries.values()):
+        measurements += measure(
+            {name: entry.backend for name, entry in entries.items() if entry.sizes == sizes},
+            workload,
+            h_q=sizes.h_q,
+            kv_lora_rank=sizes.kv_lora_rank,
+            rope_dim=sizes.rope_dim,
+            q_dtype=sizes.q_dtype,
+            kv_dtype=sizes.kv_dtype,
+            softmax_scale=sizes.softmax_scale,
+            device=device,
+            seconds_per_case=SECONDS_PER_CASE,
+            limit_gbps=limit_gbps,
+        )
     for row in measurements:
         log.info(
             "%s %s: p50 %.1f us, p99 %.1f us, baseline %.1f us, %.2fx",
@@ -225,7 +244,7 @@ def time_backends(
             row.baseline_p50_us,
             row.speedup,
         )
-    return {name: [row for row in measurements if row.backend == name] for name in backends}
+    return {name: [row for row in measurements if row.backend == name] for name in entries}
 
 
 def finite(error: float) -> float:

@@ -33,15 +33,17 @@ SIZES = {
 }
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
+def write_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, heads: int = 4) -> Path:
     """Write the model below `folder`/artifacts/checkpoint and return `folder`."""
     torch.manual_seed(seed)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES))
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(**SIZES | {"num_attention_heads": heads, "num_key_value_heads": heads})
+    )
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
     checkpoint = folder / "artifacts" / "checkpoint"
-    model.save_pretrained(checkpoint)
+    model.to(dtype).save_pretrained(checkpoint)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
