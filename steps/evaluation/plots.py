@@ -9,15 +9,21 @@ from html import escape
 from steps.evaluation.schema import CorrectnessCase, LatencyCase
 
 WIDTH, ROW, TOP, BOTTOM = 920, 26, 30, 26
-LEFT, RIGHT = 230, 96  # room for the case names and for the figures at the end of a row
+RIGHT = 96  # room for the figures at the end of a row
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-class LogAxis:
-    """A horizontal logarithmic axis over the positive `values`, ending at round numbers."""
+def left_margin(names: Iterable[str]) -> int:
+    """Room for the case names, in pixels."""
+    return min(28 + 7 * max(map(len, names), default=0), 250)
 
-    def __init__(self, values: Iterable[float]) -> None:
+
+class LogAxis:
+    """A horizontal logarithmic axis over the positive `values`, from pixel `left` on."""
+
+    def __init__(self, values: Iterable[float], left: int) -> None:
+        self.left = left
         positive = [value for value in values if value > 0] or [1.0]
         low, high = math.log10(min(positive)), math.log10(max(positive))
         room = max(high - low, 0.3) * 0.06
@@ -26,7 +32,7 @@ class LogAxis:
     def __call__(self, value: float) -> float:
         """Pixel of `value`; what lies outside is drawn at the edge."""
         share = (math.log10(value) - self.low) / (self.high - self.low) if value > 0 else 0.0
-        return LEFT + min(max(share, 0.0), 1.0) * (WIDTH - LEFT - RIGHT)
+        return self.left + min(max(share, 0.0), 1.0) * (WIDTH - self.left - RIGHT)
 
     def ticks(self) -> list[float]:
         """1-2-5 steps over at most two and a half decades, whole decades over more."""
@@ -38,13 +44,14 @@ class LogAxis:
 
 
 class LinearAxis:
-    """A horizontal axis from 0 to the largest of `values`."""
+    """A horizontal axis from 0, at pixel `left`, to the largest of `values`."""
 
-    def __init__(self, values: Iterable[float]) -> None:
+    def __init__(self, values: Iterable[float], left: int) -> None:
+        self.left = left
         self.high = max(values, default=0.0) * 1.04 or 1.0
 
     def __call__(self, value: float) -> float:
-        return LEFT + min(max(value / self.high, 0.0), 1.0) * (WIDTH - LEFT - RIGHT)
+        return self.left + min(max(value / self.high, 0.0), 1.0) * (WIDTH - self.left - RIGHT)
 
     def ticks(self) -> list[float]:
         raw = self.high / 5
@@ -55,7 +62,8 @@ class LinearAxis:
 
 def latency_plot(cases: list[LatencyCase]) -> str:
     """Per case: our p50 to p99 and the baseline's p50, on a logarithmic axis of microseconds."""
-    axis = LogAxis(value for case in cases for value in (case.p50_us, case.p99_us, case.baseline_p50_us))
+    values = [value for case in cases for value in (case.p50_us, case.p99_us, case.baseline_p50_us)]
+    axis = LogAxis(values, left_margin(case.name for case in cases))
     rows = []
     for i, case in enumerate(cases):
         y = _y(i)
@@ -66,7 +74,7 @@ def latency_plot(cases: list[LatencyCase]) -> str:
             f"p90 {microseconds(case.p90_us)}, p99 {microseconds(case.p99_us)}; "
             f"baseline p50 {microseconds(case.baseline_p50_us)}</title>"
             + _band(i)
-            + _name(y, case.name)
+            + _name(axis.left, y, case.name)
             + f'<line class="gain{slower}" x1="{ours:.1f}" x2="{base:.1f}" y1="{y}" y2="{y}"/>'
             + f'<line class="tail" x1="{ours:.1f}" x2="{tail:.1f}" y1="{y}" y2="{y}"/>'
             + f'<line class="tail" x1="{tail:.1f}" x2="{tail:.1f}" y1="{y - 4}" y2="{y + 4}"/>'
@@ -80,7 +88,8 @@ def latency_plot(cases: list[LatencyCase]) -> str:
 
 def error_plot(cases: list[CorrectnessCase]) -> str:
     """Per case: the relative error and the tick of its bound, on a logarithmic axis."""
-    axis = LogAxis(value for case in cases for value in (case.relative_error, case.bound))
+    values = [value for case in cases for value in (case.relative_error, case.bound)]
+    axis = LogAxis(values, left_margin(case.name for case in cases))
     rows = []
     for i, case in enumerate(cases):
         y, bad = _y(i), "" if case.passed else " bad"
@@ -90,8 +99,8 @@ def error_plot(cases: list[CorrectnessCase]) -> str:
             f"<g><title>{escape(case.name)}: relative error {case.relative_error:.2e}, "
             f"bound {case.bound:.1e}; lse error {case.lse_error:.2e}, bound {case.lse_bound:.1e}</title>"
             + _band(i)
-            + _name(y, case.name)
-            + f'<line class="stem{bad}" x1="{LEFT}" x2="{error:.1f}" y1="{y}" y2="{y}"/>'
+            + _name(axis.left, y, case.name)
+            + f'<line class="stem{bad}" x1="{axis.left}" x2="{error:.1f}" y1="{y}" y2="{y}"/>'
             + f'<circle class="ours{bad}" cx="{error:.1f}" cy="{y}" r="4.5"/>'
             + f'<line class="bound" x1="{bound:.1f}" x2="{bound:.1f}" y1="{y - 9}" y2="{y + 9}"/>'
             + _figure(y, f"{share:.0%}" if share >= 0.01 or share == 0 else "&lt;1%", bad)
@@ -102,16 +111,16 @@ def error_plot(cases: list[CorrectnessCase]) -> str:
 
 def bandwidth_plot(cases: list[LatencyCase], limit_gbps: float) -> str:
     """Per case: the achieved GB/s as a bar against the memory's measured read bandwidth."""
-    axis = LinearAxis([*(case.gbps for case in cases), limit_gbps])
+    axis = LinearAxis([*(case.gbps for case in cases), limit_gbps], left_margin(case.name for case in cases))
     limit = axis(limit_gbps)
     rows = []
     for i, case in enumerate(cases):
-        y, width = _y(i), axis(case.gbps) - LEFT
+        y, width = _y(i), axis(case.gbps) - axis.left
         rows.append(
             f"<g><title>{escape(case.name)}: {case.gbps:.1f} GB/s, {case.tflops:.3g} TFLOP/s</title>"
             + _band(i)
-            + _name(y, case.name)
-            + f'<rect class="bar" x="{LEFT}" y="{y - 6}" width="{width:.1f}" height="12" rx="2"/>'
+            + _name(axis.left, y, case.name)
+            + f'<rect class="bar" x="{axis.left}" y="{y - 6}" width="{width:.1f}" height="12" rx="2"/>'
             + _figure(y, f"{case.fraction_of_limit:.0%}", "")
             + "</g>"
         )
@@ -159,8 +168,8 @@ def _band(i: int) -> str:
     return f'<rect class="{shade}" x="0" y="{TOP + ROW * i}" width="{WIDTH}" height="{ROW}"/>'
 
 
-def _name(y: int, name: str) -> str:
-    return f'<text class="name" x="{LEFT - 14}" y="{y + 4}">{escape(name)}</text>'
+def _name(left: int, y: int, name: str) -> str:
+    return f'<text class="name" x="{left - 14}" y="{y + 4}">{escape(name)}</text>'
 
 
 def _figure(y: int, text: str, extra: str) -> str:
