@@ -246,7 +246,7 @@ def evaluate(model: TinyMla, data: Tensor, length: int) -> float:
 
 
 def save_checkpoint(model: TinyMla, folder: Path) -> None:
-    """Writes config.json, generation_config.json, model.safetensors and tokenizer.json as Hugging Face does."""
+    """Writes config.json, generation_config.json, the weights and tokenizer.json in Hugging Face form."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.to_hugging_face()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

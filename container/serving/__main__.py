@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 # Before torch loads OpenMP: its threads otherwise spin at every barrier for milliseconds, which on shared
@@ -53,11 +54,13 @@ def main() -> int:
     )
     server = uvicorn.Server(config)
 
-    def give_up() -> None:
+    def leave(*_: object) -> None:
         server.should_exit = True
 
+    # uvicorn drains on SIGTERM and then raises it again for the handler that was there before
+    signal.signal(signal.SIGTERM, leave)
     serving = app.state.serving
-    serving.on_failure = give_up
+    serving.on_failure = leave
     server.run()
     if serving.failure:
         print(f"error: {serving.failure}", file=sys.stderr)

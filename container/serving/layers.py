@@ -47,7 +47,7 @@ def rotary_table(rope: Rope, dim: int, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (x[i], x[i + dim/2]) of the last dimension in float32; cos, sin broadcast to half of x."""
+    """Rotates pairs (x[i], x[i + dim/2]) of the last dimension in float32; cos and sin fit half of x."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

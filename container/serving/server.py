@@ -133,6 +133,8 @@ def _add_errors(app: FastAPI, serving: Serving) -> None:
             response = await call(request)
         except TooLarge as error:
             response = refused(413, "invalid_request_error", error)
+        except WrongType as error:
+            response = refused(415, "invalid_request_error", error)
         except (BadRequest, TokenizerMissing) as error:
             response = refused(400, "invalid_request_error", error)
         except Overloaded as error:
@@ -161,6 +163,10 @@ class TooLarge(ValueError):
     """The body exceeds the limit."""
 
 
+class WrongType(ValueError):
+    """The body is not declared to be JSON."""
+
+
 class NotReady(RuntimeError):
     """The model is still loading."""
 
@@ -168,7 +174,7 @@ class NotReady(RuntimeError):
 async def _body(request: Request, limit: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
-        raise BadRequest(f"content type {kind} is not accepted, send application/json", code="content_type")
+        raise WrongType(f"content type {kind} is not accepted, send application/json")
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)

@@ -1,0 +1,310 @@
+"""The endpoint's contract over real HTTP on loopback, with a server on a thread."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from container.serving.engine import Engine, Options
+from container.serving.server import create_app
+from container.serving.settings import ServerSettings, SettingsError
+
+LIMIT = 512
+
+
+class Server:
+    """A running server; `gate` holds the engine's loading back until it is set."""
+
+    def __init__(self, folder: Path, gate: threading.Event, **settings: Any):
+        def load(chosen: ServerSettings) -> Engine:
+            gate.wait(30)
+            options = Options(max_batch=chosen.max_batch, max_model_len=LIMIT)
+            return Engine.load(folder, backend="reference", kv_cache_dtype="float32", options=options)
+
+        self.app = create_app(ServerSettings(folder, None, **settings), load)
+        config = uvicorn.Config(
+            self.app, port=0, host="127.0.0.1", log_level="warning", timeout_graceful_shutdown=5
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    @property
+    def engine(self) -> Engine:
+        return self.app.state.serving.loop.engine
+
+    def wait_ready(self) -> None:
+        while self.client.get("/ping").status_code != 200:
+            time.sleep(0.02)
+
+    def wait_idle(self) -> None:
+        """Until no sequence and no page is in use; the test's timeout is the limit."""
+        while self.engine.busy or self.engine.allocator.used:
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path) -> Iterator[Server]:
+    gate = threading.Event()
+    running = Server(tiny_folder, gate, max_body_bytes=20_000)
+    gate.set()
+    running.wait_ready()
+    yield running
+    running.stop()
+
+
+def post(server: Server, path: str = "/invocations", **body: Any) -> httpx.Response:
+    return server.client.post(path, json=body)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    parts = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert parts[-1] == "[DONE]"
+    return [json.loads(part) for part in parts[:-1]]
+
+
+def test_ping_is_503_until_a_token_was_generated(tiny_folder: Path) -> None:
+    gate = threading.Event()
+    server = Server(tiny_folder, gate)
+    assert server.client.get("/ping").status_code == 503
+    early = post(server, prompt="a")
+    assert early.status_code == 503
+    assert int(early.headers["retry-after"]) > 0
+    gate.set()
+    server.wait_ready()
+    assert post(server, prompt="a", max_tokens=1).status_code == 200
+    server.stop()
+
+
+def test_a_model_that_cannot_load_is_told_and_ends_the_server(tmp_path: Path) -> None:
+    gate, failed = threading.Event(), threading.Event()
+    server = Server(tmp_path, gate)
+    server.app.state.serving.on_failure = failed.set
+    gate.set()
+    assert failed.wait(20)
+    answer = server.client.get("/ping")
+    assert answer.status_code == 503
+    assert "config.json" in answer.json()["status"]
+    server.stop()
+
+
+def test_completion(server: Server) -> None:
+    answer = post(server, prompt="hello", max_tokens=6, temperature=0, return_token_ids=True).json()
+    assert answer["object"] == "text_completion"
+    (choice,) = answer["choices"]
+    assert len(choice["token_ids"]) == 6
+    assert choice["finish_reason"] == "length"
+    assert choice["text"] == server.engine.tokenizer.decode(choice["token_ids"])
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert answer["usage"]["completion_tokens"] == 6
+    by_ids = post(
+        server, "/v1/completions", prompt=list(b"hello"), max_tokens=6, return_token_ids=True
+    ).json()
+    assert by_ids["choices"][0]["token_ids"] == choice["token_ids"]
+
+
+def test_several_prompts_and_completions(server: Server) -> None:
+    body = {"prompt": ["one", "two"], "n": 2, "temperature": 1.0, "seed": 5, "max_tokens": 5}
+    first = post(server, **body).json()["choices"]
+    assert [c["index"] for c in first] == [0, 1, 2, 3]
+    assert first[0]["text"] != first[1]["text"]
+    assert post(server, **body).json()["choices"] == first
+
+
+def test_logprobs(server: Server) -> None:
+    answer = post(server, "/v1/completions", prompt="ab", max_tokens=3, logprobs=2).json()
+    logprobs = answer["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 3
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+    chat = {
+        "messages": [{"role": "user", "content": "x"}],
+        "logprobs": True,
+        "top_logprobs": 1,
+        "max_tokens": 2,
+    }
+    content = post(server, "/v1/chat/completions", **chat).json()["choices"][0]["logprobs"]["content"]
+    assert len(content) == 2
+    assert content[0]["logprob"] == content[0]["top_logprobs"][0]["logprob"]
+
+
+def test_chat(server: Server) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    chat = post(
+        server, "/v1/chat/completions", messages=[{"role": "user", "content": parts}], max_tokens=4
+    ).json()
+    assert chat["object"] == "chat.completion"
+    plain = post(server, prompt="hello\n\n", max_tokens=4).json()
+    assert chat["choices"][0]["message"] == {"role": "assistant", "content": plain["choices"][0]["text"]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": ["one", "two"]},
+        {"inputs": {"prompt": ["one", "two"]}},
+        {"instances": [{"prompt": "one"}, {"prompt": "two"}]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [["one"], ["two"]]}},
+        {"dataframe_records": [{"prompt": "one"}, {"prompt": "two"}]},
+    ],
+)
+def test_mlflow_forms(server: Server, body: dict[str, Any]) -> None:
+    answer = post(server, **body, params={"max_new_tokens": 4, "temperature": 0}).json()
+    expected = [post(server, prompt=p, max_tokens=4).json()["choices"][0]["text"] for p in ("one", "two")]
+    assert answer == {"predictions": expected}
+
+
+def test_streaming_gives_the_same_text(server: Server) -> None:
+    body = {"prompt": ["hello", "you"], "max_tokens": 12, "seed": 3, "temperature": 1.2}
+    whole = post(server, **body).json()
+    stream = post(server, **body, stream=True, stream_options={"include_usage": True}, return_token_ids=True)
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    *chunks, last = events(stream)
+    assert last["usage"]["completion_tokens"] == 24
+    for index in range(2):
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert "".join(c["text"] for c in mine) == whole["choices"][index]["text"]
+        assert sum(len(c["token_ids"]) for c in mine) == 12
+        assert [c["finish_reason"] for c in mine][-1] == "length"
+
+
+def test_stop_strings(server: Server) -> None:
+    text = post(server, prompt="hello", max_tokens=24, temperature=1, seed=1).json()["choices"][0]["text"]
+    stop = text[5:7]
+    answer = post(server, prompt="hello", max_tokens=24, temperature=1, seed=1, stop=stop).json()["choices"][
+        0
+    ]
+    assert answer["text"] == text[: text.index(stop)]
+    assert answer["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        (b"{", 400, None, "not valid JSON"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, None, "NaN"),
+        (b"[1]", 400, None, "expected a JSON object"),
+        (b"{}", 400, None, "the body needs prompt"),
+        (b'{"prompt": 5}', 400, "prompt", "prompt"),
+        (b'{"prompt": ""}', 400, "prompt", "empty"),
+        (b'{"prompt": []}', 400, "prompt", "0 prompts"),
+        (b'{"prompt": [999]}', 400, "prompt", "token id 999"),
+        (b'{"prompt": "a", "max_tokens": 0}', 400, "max_tokens", "at least 1"),
+        (b'{"prompt": "a", "max_tokens": 1.5}', 400, "max_tokens", "integer"),
+        (b'{"prompt": "a", "max_tokens": 600}', 400, "max_tokens", "limit of 512"),
+        (b'{"prompt": "a", "temperature": -1}', 400, "temperature", "between"),
+        (b'{"prompt": "a", "top_p": 2}', 400, "top_p", "at most 1"),
+        (b'{"prompt": "a", "n": 99}', 400, "n", "16"),
+        (b'{"prompt": "a", "model": "gpt"}', 400, "model", "not served"),
+        (b'{"messages": []}', 400, "messages", "at least 1"),
+        (b'{"inputs": []}', 400, "inputs", "no prompts"),
+        (b'{"inputs": ["a"], "params": {"beams": 2}}', 400, "beams", "beams"),
+        (b'{"dataframe_split": [1]}', 400, "dataframe_split", "columns"),
+        (b'{"prompt": "%s"}' % (b"a" * 600), 400, "prompt", "limit of 512"),
+        (b'{"prompt": "%s"}' % (b"a" * 30_000), 413, None, "over 20000 bytes"),
+    ],
+)
+def test_bad_requests(server: Server, body: bytes, status: int, param: str | None, words: str) -> None:
+    answer = server.client.post("/invocations", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert post(server, prompt="a", max_tokens=1).status_code == 200
+
+
+def test_other_routes_and_content_types(server: Server) -> None:
+    assert server.client.get("/nothing").status_code == 404
+    assert server.client.get("/invocations").status_code == 405
+    wrong = server.client.post("/invocations", content=b"a,b", headers={"content-type": "text/csv"})
+    assert wrong.status_code == 415
+    assert "text/csv" in wrong.json()["error"]["message"]
+    assert server.client.get("/v1/models").json()["data"][0]["id"] == "mla"
+
+
+def test_a_client_that_goes_away_frees_its_pages(server: Server) -> None:
+    long = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True}
+    with server.client.stream("POST", "/invocations", json={**long, "stream": True}) as response:
+        next(response.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/invocations", json=long, timeout=0.05)
+    server.wait_idle()
+    text = server.client.get("/metrics").text
+    assert 'mla_requests_total{outcome="abort"}' in text
+    assert post(server, prompt="a", max_tokens=1).status_code == 200
+
+
+def test_prefix_is_reused(server: Server) -> None:
+    prompt = "The same beginning. " * 10
+    first = post(server, prompt=prompt, max_tokens=4, return_token_ids=True).json()
+    again = post(server, prompt=prompt, max_tokens=4, return_token_ids=True).json()
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
+    assert again["choices"] == first["choices"]
+
+
+def test_metrics(server: Server) -> None:
+    post(server, prompt="hello", max_tokens=3)
+    text = server.client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["mla_generated_tokens_total"]) >= 3
+    assert float(values["mla_time_to_first_token_seconds_count"]) >= 1
+    assert values["mla_cache_pages_used"] == "0"
+    for line in text.splitlines():
+        assert line.startswith(("# HELP mla_", "# TYPE mla_", "mla_"))
+    embedded = json.loads(server.app.state.serving.metrics.embedded("m"))
+    names = [m["Name"] for m in embedded["_aws"]["CloudWatchMetrics"][0]["Metrics"]]
+    assert set(names) <= embedded.keys()
+
+
+def test_more_requests_than_places(tiny_folder: Path) -> None:
+    gate = threading.Event()
+    gate.set()
+    server = Server(tiny_folder, gate, max_batch=2, max_queue=4)
+    server.wait_ready()
+    answers: list[httpx.Response] = []
+
+    def call() -> None:
+        body = {"prompt": "hello", "max_tokens": 100, "ignore_eos": True}
+        answers.append(httpx.post(server.client.base_url.join("/invocations"), json=body, timeout=60))
+
+    threads = [threading.Thread(target=call) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    statuses = [a.status_code for a in answers]
+    assert set(statuses) == {200, 503}
+    texts = {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200}
+    assert len(texts) == 1
+    refused = next(a for a in answers if a.status_code == 503)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    server.wait_idle()
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SAGEMAKER_BIND_TO_PORT", "eighty", "SAGEMAKER_BIND_TO_PORT is 'eighty'"),
+        ("MLA_MAX_BATCH", "0", "MLA_MAX_BATCH is '0'"),
+        ("MLA_KERNEL_DIR", "/does/not/exist", "MLA_KERNEL_DIR is /does/not/exist"),
+    ],
+)
+def test_settings_name_the_variable(name: str, value: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        ServerSettings.from_environment({name: value})

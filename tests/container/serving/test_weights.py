@@ -1,0 +1,103 @@
+"""Weights that are sharded, incomplete, damaged or not finite."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from container.serving.engine import Engine
+from container.serving.weights import WeightError
+from tests.container.serving.conftest import write_checkpoint
+
+TOKENS = [5, 9, 200, 3]
+
+
+def load(folder: Path) -> Engine:
+    return Engine.load(folder, backend="reference", kv_cache_dtype="float32")
+
+
+@pytest.fixture
+def copy(reference, tmp_path: Path) -> Path:
+    """A private copy of a checkpoint to break."""
+    return Path(shutil.copytree(reference("v3-yarn").folder, tmp_path / "copy"))
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path) | tensors
+    save_file({k: v for k, v in stored.items() if v is not None}, path, metadata={"format": "pt"})
+
+
+def test_shards_equal_one_file(reference, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "v3-yarn", max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(load(tmp_path).logits(TOKENS), load(reference("v3-yarn").folder).logits(TOKENS))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "v3-yarn", max_shard_size="100KB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(WeightError, match=lost.name):
+        load(tmp_path)
+
+
+def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "v3-yarn", max_shard_size="100KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra"] = min(index["weight_map"].values())
+    path.write_text(json.dumps(index))
+    with pytest.raises(WeightError, match=r"model\.extra"):
+        load(tmp_path)
+
+
+def test_a_truncated_file(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(WeightError, match=r"model\.safetensors is damaged"):
+        load(copy)
+
+
+def test_a_missing_tensor(copy: Path) -> None:
+    change(copy, **{"model.norm.weight": None})
+    with pytest.raises(WeightError, match=r"no tensor model\.norm\.weight"):
+        load(copy)
+
+
+def test_a_wrong_shape(copy: Path) -> None:
+    change(copy, **{"model.norm.weight": torch.ones(61)})
+    with pytest.raises(WeightError, match=r"model\.norm\.weight .* shape \(61,\), config\.json says \(60,\)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.experts.3.up_proj.weight"])
+def test_weights_that_are_not_finite(copy: Path, name: str, value: float) -> None:
+    tensor = load_file(copy / "model.safetensors")[name]
+    tensor.view(-1)[-1] = value
+    change(copy, **{name: tensor})
+    with pytest.raises(WeightError, match=f"{name} .* NaN or infinity"):
+        load(copy)
+
+
+def test_loading_reports_progress(reference) -> None:
+    seen: list[float] = []
+    Engine.load(reference("v3-yarn").folder, backend="reference", progress=seen.append)
+    assert seen == sorted(seen)
+    assert 0.98 < seen[-1] <= 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_weights_are_the_mapped_file(reference) -> None:
+    """On the CPU a tensor that needs no rearranging is not copied."""
+    address = load(reference("v3-yarn").folder).model.embedding.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            assert line.endswith("model.safetensors")
+            return
+    pytest.fail("the embedding is in no mapping")

@@ -1,0 +1,147 @@
+"""The example against a real MLflow server: what it registers is what the pipeline and its users read."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import mlflow
+import pandas as pd
+import pytest
+import requests
+from mlflow.tracking import MlflowClient
+
+from container.serving.checkpoint import ModelConfig, find_checkpoint
+from container.serving.engine import Engine
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_and_log.py"
+FAST = ["--steps", "8", "--batch", "2", "--length", "64"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/m.db",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, *stores], stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                if requests.get(f"{url}/health", timeout=2).ok:
+                    break
+            except requests.ConnectionError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def trained(server: str) -> str:
+    """The server with one trained and registered model. Returns its URL."""
+    env = {**os.environ, "MLFLOW_TRACKING_URI": server, "PYTHONPATH": str(EXAMPLE.parents[1])}
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLE), *FAST], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Failed to validate" not in run.stderr
+    assert "registered mla-demo version 1 with alias champion" in run.stderr
+    mlflow.set_tracking_uri(server)
+    return server
+
+
+@pytest.fixture(scope="module")
+def folder(trained: str) -> Path:
+    return Path(mlflow.artifacts.download_artifacts("models:/mla-demo@champion"))
+
+
+@pytest.mark.slow
+def test_the_run_has_parameters_and_a_loss_curve(trained: str) -> None:
+    client = MlflowClient(trained)
+    version = client.get_model_version_by_alias("mla-demo", "champion")
+    run = client.get_run(version.run_id)
+    assert run.data.params["steps"] == "8"
+    assert run.data.params["kv_lora_rank"] == "512"
+    losses = client.get_metric_history(version.run_id, "loss")
+    assert [m.step for m in losses] == list(range(8))
+    assert losses[-1].value < losses[0].value
+    assert {a.path for a in client.list_artifacts(version.run_id)} >= {"loss_curve.csv", "sample.txt"}
+
+
+@pytest.mark.slow
+def test_the_model_folder_is_a_checkpoint_the_engine_serves(folder: Path) -> None:
+    checkpoint = find_checkpoint(folder)
+    assert checkpoint == folder / "artifacts" / "checkpoint"
+    config = ModelConfig.from_folder(checkpoint)
+    assert (config.architecture, config.latent_dim) == ("DeepseekV3ForCausalLM", 576)
+    engine = Engine.load(folder, backend="reference")
+    assert engine.tokenizer.encode("é") == [0xC3, 0xA9]
+    assert len(engine.generate(["The "], max_tokens=3)[0].token_ids) == 3
+
+
+@pytest.mark.slow
+def test_signature_requirements_and_input_example(folder: Path) -> None:
+    info = mlflow.models.get_model_info(str(folder))
+    assert info.signature.inputs.input_names() == ["prompt"]
+    names = {p.name for p in info.signature.params}
+    assert names == {"max_new_tokens", "temperature", "top_p", "top_k", "seed"}
+    pins = (folder / "requirements.txt").read_text().split()
+    assert any(pin.startswith("torch==") for pin in pins)
+    assert not any("+" in pin for pin in pins)
+    assert (folder / "input_example.json").is_file()
+
+
+@pytest.mark.slow
+def test_predict_uses_the_parameters(folder: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(folder))
+    table = pd.DataFrame({"prompt": ["The ", "An "]})
+    short, longer = (model.predict(table, params={"max_new_tokens": n}) for n in (4, 9))
+    assert [len(text) for text in short] == [4, 4]
+    assert [text[:4] for text in longer] == short
+    streamed = list(model.predict_stream({"prompt": "The "}, params={"max_new_tokens": 9}))
+    assert "".join(streamed) == longer[0]
+    assert len(streamed) > 1
+
+
+@pytest.mark.slow
+def test_transformers_gives_the_same_text_as_the_engine(folder: Path) -> None:
+    sys.path.insert(0, str(EXAMPLE.parent))
+    from mla_pyfunc import DEFAULTS, TransformersGenerator
+
+    from container.serving.pyfunc import EngineGenerator
+
+    checkpoint = str(find_checkpoint(folder))
+    settings = {**DEFAULTS, "max_new_tokens": 24}
+    expected = TransformersGenerator(checkpoint).generate(["The statement "], **settings)
+    assert (
+        EngineGenerator(checkpoint, kv_cache_dtype="float32").generate(["The statement "], **settings)
+        == expected
+    )
