@@ -1,7 +1,7 @@
 """DeployProduction: move the production endpoint to one approved version and prove that it got there.
 
-    model    created from the package's ARN        name <- ARN, role
-    config   one variant on that model             name <- model, instances, variant settings
+    model    created from the package's ARN        name <- ARN, role, network
+    config   one variant on that model             name <- model, instances, variant settings, key
     endpoint created the first time, else UpdateEndpoint with a blue/green policy and rollback alarms
     proof    the live EndpointConfigName is the one asked for
 
@@ -37,11 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance-count", type=int, required=True)
     parser.add_argument("--role-arn", required=True, help="execution role of the model")
     parser.add_argument(
-        "--deployment",
-        type=Deployment.parse,
-        default=Deployment(),
-        action=_Merge,
-        help="JSON; see Deployment",
+        "--deployment", action="append", default=[], help="JSON object; may be repeated; see Deployment"
     )
 
 
@@ -63,6 +59,7 @@ def main(job: Job) -> None:
     """Deploy an approved model package to the production endpoint and write deployment/deployment.json."""
     args = job.args
     arn: str = args.model_package_arn
+    deployment = Deployment.parse(args.deployment)
     verified = job.read_json("package", "package.json")["model_package_arn"]
     if verified != arn:
         raise StepError(
@@ -72,11 +69,9 @@ def main(job: Job) -> None:
     started = time.monotonic()
     sagemaker = aws.client("sagemaker")
     model_package.describe(sagemaker, arn).require_approved()
-    model = ensure_model(sagemaker, arn, args.role_arn)
-    config = ensure_endpoint_config(
-        sagemaker, model, args.instance_type, args.instance_count, args.deployment
-    )
-    action, previous = move_endpoint(sagemaker, args.endpoint_name, config, arn, args.deployment)
+    model = ensure_model(sagemaker, arn, args.role_arn, deployment)
+    config = ensure_endpoint_config(sagemaker, model, args.instance_type, args.instance_count, deployment)
+    action, previous = move_endpoint(sagemaker, args.endpoint_name, config, arn, deployment)
     live = verify_live(sagemaker, args.endpoint_name, config)
     log.info("%s serves %s (%s) through %s", live.name, arn, action, config)
     job.write_json(
@@ -94,22 +89,24 @@ def main(job: Job) -> None:
             "action": action,
             "instance_type": args.instance_type,
             "instance_count": args.instance_count,
-            "deployment_config": args.deployment.config(),
+            "deployment_config": deployment.config(),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
 
 
-def ensure_model(sagemaker: Any, arn: str, role_arn: str) -> str:
+def ensure_model(sagemaker: Any, arn: str, role_arn: str, deployment: Deployment) -> str:
     """Create the model of the package `arn` unless it is there. Returns its name."""
     _, group, version = arn.rsplit("/", 2)
-    name = derived_name(f"{group}-v{version}", arn, role_arn)
+    vpc = deployment.vpc()
+    name = derived_name(f"{group}-v{version}", arn, role_arn, json.dumps(vpc, sort_keys=True))
     _create(
         sagemaker.create_model,
         f"model {name}",
         ModelName=name,
         ExecutionRoleArn=role_arn,
         Containers=[{"ModelPackageName": arn}],
+        **vpc,
     )
     return name
 
@@ -126,12 +123,14 @@ def ensure_endpoint_config(
         "InitialInstanceCount": instance_count,
         "InitialVariantWeight": 1.0,
     }
-    name = derived_name(model.rpartition("-")[0], json.dumps(variant, sort_keys=True))
+    encryption = {"KmsKeyId": deployment.kms_key} if deployment.kms_key else {}
+    name = derived_name(model.rpartition("-")[0], json.dumps([variant, encryption], sort_keys=True))
     _create(
         sagemaker.create_endpoint_config,
         f"endpoint configuration {name}",
         EndpointConfigName=name,
         ProductionVariants=[variant],
+        **encryption,
     )
     return name
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +18,17 @@ MOVING = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
 FIRST_POLL_SECONDS, SLOWEST_POLL_SECONDS = 0.5, 15.0
 
 
+class Network(BaseModel):
+    """The VPC of the endpoint's containers."""
+
+    model_config = ConfigDict(frozen=True)  # the configuration's section holds settings of jobs too
+
+    subnets: tuple[str, ...]
+    security_group_ids: tuple[str, ...]
+
+
 class Deployment(BaseModel):
-    """The JSON of --deployment: how production changes, and what its containers get. Ranges are the API's."""
+    """How production changes, and what its containers get. Ranges are the API's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,18 +42,29 @@ class Deployment(BaseModel):
     startup_timeout_seconds: int | None = Field(default=None, ge=60, le=3600)
     download_timeout_seconds: int | None = Field(default=None, ge=60, le=3600)
     inference_ami: str | None = None
+    network: Network | None = None
+    kms_key: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Deployment:
-        """Read the option's value; for argparse. Raises ArgumentTypeError naming the key that is wrong."""
+    def parse(cls, parts: Sequence[str]) -> Deployment:
+        """Read the values of --deployment: JSON objects, each with some of the keys.
+
+        It comes in parts because SageMaker takes at most 256 characters in one argument.
+        Raises StepError naming the key that is wrong.
+        """
+        fix = "Correct `deployment` and `endpoint` in the environment's configuration."
+        merged: dict[str, Any] = {}
+        for part in parts:
+            try:
+                merged |= json.loads(part)
+            except (ValueError, TypeError) as error:
+                raise StepError(f"--deployment is no JSON object ({error}): {part!r}.", fix) from error
         try:
-            return cls.model_validate(json.loads(text))
+            return cls.model_validate(merged)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise argparse.ArgumentTypeError(f"{key or 'the document'}: {first['msg']}") from error
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"no JSON ({error}): {text!r}") from error
+            key = ".".join(str(place) for place in first["loc"])
+            raise StepError(f"--deployment: {key}: {first['msg']}.", fix) from error
 
     def config(self) -> dict[str, Any]:
         """UpdateEndpoint's DeploymentConfig."""
@@ -66,6 +86,17 @@ class Deployment(BaseModel):
         if self.alarms:
             config["AutoRollbackConfiguration"] = {"Alarms": [{"AlarmName": name} for name in self.alarms]}
         return config
+
+    def vpc(self) -> dict[str, Any]:
+        """CreateModel's VpcConfig as a keyword argument; nothing outside a VPC."""
+        if not self.network:
+            return {}
+        return {
+            "VpcConfig": {
+                "Subnets": list(self.network.subnets),
+                "SecurityGroupIds": list(self.network.security_group_ids),
+            }
+        }
 
     def variant(self) -> dict[str, Any]:
         """The fields of the ProductionVariant that are set."""

@@ -22,7 +22,7 @@ OPTIONS = {
     "role_arn": ROLE,
     "deployment": json.dumps({"canary_percent": 50, "bake_seconds": 2, "alarms": ["mla-5xx"]}),
 }
-MODEL = deploy_production.derived_name("mla-models-v3", ARN, ROLE)
+MODEL = deploy_production.derived_name("mla-models-v3", ARN, ROLE, "{}")
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 
 
@@ -148,7 +148,7 @@ def wanted_config() -> str:
         "InitialInstanceCount": 2,
         "InitialVariantWeight": 1.0,
     }
-    return deploy_production.derived_name("mla-models-v3", json.dumps(variant, sort_keys=True))
+    return deploy_production.derived_name("mla-models-v3", json.dumps([variant, {}], sort_keys=True))
 
 
 def deploy(tmp_path) -> dict:
@@ -275,18 +275,22 @@ def test_another_package_than_the_verified_one_is_refused(service, tmp_path):
     [
         ('{"canary": 1}', "canary"),
         ('{"canary_percent": 90}', "canary_percent"),
-        ("[1]", "dictionary"),
-        ("{", "JSON"),
+        ("[1]", "no JSON object"),
+        ("{", "no JSON object"),
     ],
 )
 def test_a_wrong_deployment_option_names_the_key(text, key):
-    with pytest.raises(Exception, match=key):
-        deployment.Deployment.parse(text)
+    with pytest.raises(StepError, match=key):
+        deployment.Deployment.parse([text])
 
 
-def test_linear_and_variant_settings_reach_the_request():
+def test_parts_of_the_option_are_merged_and_reach_the_requests():
     policy = deployment.Deployment.parse(
-        '{"strategy": "linear", "linear_percent": 20, "inference_ami": "ami", "startup_timeout_seconds": 900}'
+        [
+            '{"strategy": "linear", "linear_percent": 20}',
+            '{"inference_ami": "ami", "startup_timeout_seconds": 900}',
+            '{"network": {"subnets": ["s-1"], "security_group_ids": ["g-1"], "encrypt_traffic": true}}',
+        ]
     )
     routing = policy.config()["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]
     assert routing["LinearStepSize"] == {"Type": "CAPACITY_PERCENT", "Value": 20}
@@ -295,6 +299,7 @@ def test_linear_and_variant_settings_reach_the_request():
         "InferenceAmiVersion": "ami",
         "ContainerStartupHealthCheckTimeoutInSeconds": 900,
     }
+    assert policy.vpc() == {"VpcConfig": {"Subnets": ["s-1"], "SecurityGroupIds": ["g-1"]}}
 
 
 def test_derived_names_depend_on_all_content_and_fit():
