@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kernels.arguments import Problem
 from kernels.backends import Backend, available_backends, get_backend
@@ -20,6 +22,8 @@ from kernels.timing import Timing, interleaved, one_call_us
 from kernels.workloads import Case, Inputs, make_inputs, parse_workload
 
 BASELINES = ("torch", "torch.compile")
+COLD_BYTES = 128 << 20  # more than the last-level cache of common servers and GPUs
+MAX_COPIES = 128
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,16 @@ def measure(
             device=device, seed=seed,
         )  # fmt: skip
         problem = Problem.of(inputs.q, inputs.k_cache, inputs.head_dim_v, inputs.causal)
+        caches = _cold_caches(inputs.k_cache)
         calls: dict[str, Callable[[], object]] = {
-            name: _bind(backend, inputs)
+            name: _bind(backend, inputs, caches)
             for name, backend in backends.items()
             if backend.unsupported(problem) is None
         }
         able = list(calls)
-        calls["torch"] = _bind(mla_decode_absorbed, inputs)
+        calls["torch"] = _bind(mla_decode_absorbed, inputs, caches)
         if compile_baseline:
-            calls["torch.compile"] = _bind(compiled_absorbed(), inputs)
+            calls["torch.compile"] = _bind(compiled_absorbed(), inputs, caches)
         timings = interleaved(calls, device, seconds=seconds_per_case)
         baseline = min((name for name in BASELINES if name in timings), key=lambda name: timings[name].p50_us)
         for name in able:
@@ -92,9 +97,20 @@ def measure(
     return results
 
 
-def _bind(call: Callable[..., object], inputs: Inputs) -> Callable[[], object]:
-    arguments = inputs.arguments()
-    return lambda: call(*arguments)
+def _bind(call: Callable[..., object], inputs: Inputs, caches: Sequence[Tensor]) -> Callable[[], object]:
+    """`call` on `inputs`, each time with the next of `caches`."""
+    turns = itertools.cycle([(inputs.q, cache, *inputs.arguments()[2:]) for cache in caches])
+    return lambda: call(*next(turns))
+
+
+def _cold_caches(cache: Tensor) -> list[Tensor]:
+    """Copies of a latent cache that together exceed COLD_BYTES.
+
+    A model's layers each read their own cache, so a layer finds its cache evicted by the others'; timing one copy
+    over and over would time the processor's caches instead of memory.
+    """
+    copies = min(MAX_COPIES, -(-COLD_BYTES // (cache.numel() * cache.element_size())))
+    return [cache, *(cache.clone() for _ in range(copies - 1))]
 
 
 def _measurement(
@@ -115,10 +131,10 @@ def _measurement(
 
 
 def read_limit_gbps(device: torch.device | str = "cpu", megabytes: int = 256) -> float:
-    """Gigabytes a second at which this device sums a tensor far larger than its caches, best of 7."""
+    """Gigabytes a second at which this device sums a tensor far larger than its caches, best of 15."""
     device = torch.device(device)
     tensor = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
-    best = min(one_call_us(tensor.sum, device) for _ in range(7))
+    best = min(one_call_us(tensor.sum, device) for _ in range(15))
     return tensor.numel() * 4 / best / 1e3
 
 

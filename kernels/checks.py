@@ -19,10 +19,10 @@ from kernels.workloads import Inputs, make_inputs
 
 BOUNDS_REASON = (
     "16-bit output: rounding it costs up to half a unit in the last place (2^-9 bfloat16, 2^-12 float16), "
-    "rounding the softmax weights for a 16-bit product as much again; the bound is four times 2^-9 or 2^-12. "
-    "float32: 2e-5 allows summation over the cache in another order. fp8_ds_mla: unpacking e4m3 times its "
-    "scale to 16 bits moves scores by 2^-9 of their size, so 2^-6. lse is never rounded to 16 bits: 1e-3 absolute "
-    "allows weights summed after rounding, 1e-4 in float32, 1e-2 with fp8_ds_mla."
+    "rounding the softmax weights for a 16-bit product as much again; the bound is four times 2^-9 or "
+    "2^-12. float32: 2e-5 allows summation over the cache in another order. fp8_ds_mla: unpacking e4m3 "
+    "times its scale to 16 bits moves scores by 2^-9 of their size, so 2^-6. lse is never rounded to 16 "
+    "bits: 1e-3 absolute allows weights summed after rounding, 1e-4 in float32, 1e-2 with fp8_ds_mla."
 )
 _OUT_BOUND = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12, torch.float32: 2e-5}
 

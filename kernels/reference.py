@@ -155,7 +155,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Gather, score, softmax, sum.
 
-    `stale` [b, longest] is memory that may hold NaN, `hidden` [b, s_q * h_q, longest] what a query cannot see.
+    `stale` [b, longest] is memory that may hold NaN, `hidden` [b, s_q * h_q, longest] what a query must skip.
     """
     b, s_q, h_q, width = q.shape
     keys = k_cache[table.long(), :, 0].flatten(1, 2)[:, :longest].to(dtype)
