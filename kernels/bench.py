@@ -106,8 +106,8 @@ def _bind(call: Callable[..., object], inputs: Inputs, caches: Sequence[Tensor])
 def _cold_caches(cache: Tensor) -> list[Tensor]:
     """Copies of a latent cache that together exceed COLD_BYTES.
 
-    A model's layers each read their own cache, so a layer finds its cache evicted by the others'; timing one copy
-    over and over would time the processor's caches instead of memory.
+    A model's layers each read their own cache, so a layer finds its cache evicted by the others'; timing one
+    copy over and over would time the processor's caches instead of memory.
     """
     copies = min(MAX_COPIES, -(-COLD_BYTES // (cache.numel() * cache.element_size())))
     return [cache, *(cache.clone() for _ in range(copies - 1))]
