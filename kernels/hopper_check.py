@@ -238,7 +238,8 @@ def time_cases(
         keep = []
         for variant, settings in variants.items():
             os.environ.update(settings)
-            run = library.prepare(inputs)
+            chosen = Library(Path(settings["LIBRARY"])) if "LIBRARY" in settings else library
+            run = chosen.prepare(inputs)
             keep.append(run)
             graphs[variant] = capture(run)
             for key in settings:

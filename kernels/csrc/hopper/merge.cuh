@@ -1,6 +1,6 @@
 // Merges the parts of a split item. Every CTA that computed a part waits for the others (all CTAs of the launch are
-// resident, the launch is cooperative) and then merges its own share of the item's output; parts are added in their
-// order along the cache, so the result does not depend on who came first.
+// resident, the launch is cooperative) and then merges its own share of the item's output; parts are added in an order
+// that depends on their number only, so the result does not depend on who came first.
 #ifndef MLA_HOPPER_MERGE_CUH_
 #define MLA_HOPPER_MERGE_CUH_
 
@@ -10,7 +10,10 @@ namespace mla_hopper {
 
 constexpr int kMergeThreads = 256;
 constexpr int kMergeBarrier = 4;
+constexpr int kWeightStride = 65;  // floats between the parts' weights: parts of one row in different banks
 
+// A CTA takes part in at most two split items: its first (whose beginning is elsewhere) and its last. They wait for the
+// merge in shared memory, Split[2].
 struct Split {
   int item;
   int head;   // CTA that computed the first part
@@ -18,82 +21,106 @@ struct Split {
   int mine;   // which part this CTA computed
 };
 
-// A CTA takes part in at most two split items: its first (whose beginning is elsewhere) and its last.
-struct Splits {
-  Split first = {0, 0, 0, 0};
-  Split last = {0, 0, 0, 0};
-  __device__ __forceinline__ void record(int slot, const Split& split) {
-    if (slot == 0) {
-      first = split;
-    } else {
-      last = split;
-    }
+// Weight of every part for every row, exp2(maximum of the part - maximum) / denominator, into `weights`
+// [parts, kWeightStride]; the item's first CTA stores lse. The first part of an item is the last work of its CTA
+// (slot 1), every other part the first work of its CTA (slot 0).
+__device__ __forceinline__ void part_weights(const Params& params, const RowTable& table, const Split& split, int thread,
+                                             float* weights) {
+  const int rows = params.row_groups * 16;
+  const int lanes = rows <= 16 ? 16 : (rows <= 32 ? 8 : 4);  // neighbouring lanes that share a row
+  const int lane = thread & (lanes - 1);
+  const int row = thread / lanes;
+  if (row >= rows) return;  // whole warps
+  float* sums = weights + split.parts * kWeightStride;  // [parts, kWeightStride] again
+  float maximum = -INFINITY;
+#pragma unroll 4
+  for (int part = lane; part < split.parts; part += lanes) {
+    const float2 stat = __ldcg(params.stats + (2 * (split.head + part * params.m_tiles) + (part == 0)) * 64 + row);
+    weights[part * kWeightStride + row] = stat.x;
+    sums[part * kWeightStride + row] = stat.y;
+    maximum = fmaxf(maximum, stat.x);
   }
-};
-
-// The first part of an item is the last work of its CTA (slot 1), every other part the first of its CTA (slot 0).
-__device__ __forceinline__ const float4* part_of(const Params& params, const Split& split, int part) {
-  return partial_slot(params, split.head + part * params.m_tiles, part == 0);
+#pragma unroll
+  for (int offset = 1; offset < 16; offset *= 2) {
+    const float other = __shfl_xor_sync(0xFFFFFFFFu, maximum, offset);
+    if (offset < lanes) maximum = fmaxf(maximum, other);
+  }
+  const float reference = maximum == -INFINITY ? 0.f : maximum;
+  float sum = 0.f;
+#pragma unroll 1
+  for (int part = lane; part < split.parts; part += lanes) {
+    const float weight = exp2_approximate(weights[part * kWeightStride + row] - reference);
+    weights[part * kWeightStride + row] = weight;
+    sum += sums[part * kWeightStride + row] * weight;
+  }
+#pragma unroll
+  for (int offset = 1; offset < 16; offset *= 2) {
+    const float other = __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+    if (offset < lanes) sum += other;
+  }
+  const float inverse = sum == 0.f ? 0.f : __frcp_rn(sum);
+#pragma unroll 1
+  for (int part = lane; part < split.parts; part += lanes) weights[part * kWeightStride + row] *= inverse;
+  if (split.mine == 0 && lane == 0) store_lse(params, table, split.item, row, maximum, sum);
 }
 
-// kTasks consecutive pieces (16 rows x 8 columns each) by one warp of a team; team member `member` of `members` takes
-// every members-th part.
-template <int kTasks>
-__device__ __forceinline__ void add_parts(const Params& params, const Split& split, const float* weights, int weight_stride,
-                                          int piece, int pieces, int member, int members, int lane,
-                                          float4 (&sum)[kTasks]) {
-  constexpr int kBatch = 16 / kTasks;
-#pragma unroll
-  for (int i = 0; i < kTasks; ++i) sum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 1
-  for (int first = member; first < split.parts; first += members * kBatch) {
-    float4 value[kBatch][kTasks];
+// 16 rows x 32 columns of up to kBatch parts, every `members`-th from `part` on.
+struct PartValues {
+  static constexpr int kBatch = 4;
+  float4 value[kBatch][4];
+
+  __device__ __forceinline__ void load(const float4* source, int slot, int step, int part, int members, int parts) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int part = first + j * members;
-      const float4* source = part_of(params, split, part) + lane;
+      const int p = part + j * members;
+      if (p < parts) {
+        const float4* from = source + p * step + (p == 0 ? slot : 0);
 #pragma unroll
-      for (int i = 0; i < kTasks; ++i) {
-        if (part < split.parts && i < pieces) value[j][i] = __ldcg(source + (piece + i) * 32);
+        for (int i = 0; i < 4; ++i) value[j][i] = __ldcg(from + i * 32);
       }
     }
+  }
+
+  __device__ __forceinline__ void add(float4 (&sum)[4], const float* weights, int part, int members, int parts) const {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int part = first + j * members;
-      if (part < split.parts) {
+      const int p = part + j * members;
+      if (p < parts) {
+        const float low = weights[p * kWeightStride];
+        const float high = weights[p * kWeightStride + 8];
 #pragma unroll
-        for (int i = 0; i < kTasks; ++i) {
-          if (i < pieces) {
-            const int row = (piece + i) / 64 * 16 + lane / 4;
-            const float low = weights[2 * (part * weight_stride + row)];
-            const float high = weights[2 * (part * weight_stride + row + 8)];
-            sum[i].x += low * value[j][i].x;
-            sum[i].y += low * value[j][i].y;
-            sum[i].z += high * value[j][i].z;
-            sum[i].w += high * value[j][i].w;
-          }
+        for (int i = 0; i < 4; ++i) {
+          sum[i].x += low * value[j][i].x;
+          sum[i].y += low * value[j][i].y;
+          sum[i].z += high * value[j][i].z;
+          sum[i].w += high * value[j][i].w;
         }
       }
     }
   }
-}
+};
 
+// `scratch`: shared memory, 2 * parts * kWeightStride floats and 16 KB. Called by kMergeThreads threads.
 template <typename T>
-__device__ __forceinline__ void store_piece(const Params& params, const Split& split, int m_tile, int piece, int lane,
-                                            const float4& value) {
-  const int row = piece / 64 * 16 + lane / 4;
-  const int column = piece % 64 * 8 + 2 * (lane & 3);
-  T* low = output_row<T>(params, split.item, m_tile, row);
-  T* high = output_row<T>(params, split.item, m_tile, row + 8);
-  if (low != nullptr) *reinterpret_cast<uint32_t*>(low + column) = pack(value.x, value.y, T());
-  if (high != nullptr) *reinterpret_cast<uint32_t*>(high + column) = pack(value.z, value.w, T());
-}
-
-// `scratch`: shared memory, at least parts * (rows + 1) * 8 + 4096 bytes. Called by kMergeThreads threads.
-template <typename T>
-__device__ __forceinline__ void merge(const Params& params, const Split& split, int m_tile, int thread, float* scratch) {
+__device__ __forceinline__ void merge(const Params& params, const RowTable& table, const Split& split, int thread,
+                                      float* scratch) {
   const int lane = thread & 31;
   const int warp = thread / 32;
+  // A unit is 16 rows x 32 columns, 4 accumulator chunks. A CTA takes `share` units, a team of warps one at a time, each
+  // warp every `members`-th part of it.
+  const int units = params.row_groups * 16;
+  const int share = (units + split.parts - 1) / split.parts;
+  const int begin = min(split.mine * share, units);
+  const int count = min(share, units - begin);
+  const int members = share > 4 ? 1 : (share > 2 ? 2 : (share > 1 ? 4 : 8));
+  const int member = warp & (members - 1);
+  const int team = warp / members;
+  const int teams = 8 / members;
+  const int slot = slot_elements(params);
+  const int step = 2 * params.m_tiles * slot;  // from part to part
+  const float4* source = params.partial + 2 * split.head * slot + (begin + team) * 128 + lane;
+  float4* exchange = reinterpret_cast<float4*>(scratch + (2 * split.parts * kWeightStride + 3) / 4 * 4);
+
   if (thread == 0) {
     const uint32_t wanted = 2 * split.parts;  // both consumer warpgroups of every part
     while (load_acquire(params.arrived + split.head) != wanted) {
@@ -101,88 +128,57 @@ __device__ __forceinline__ void merge(const Params& params, const Split& split, 
   }
   MLA_TRACE(11);
   named_sync(kMergeBarrier, kMergeThreads);
-
-  // Weights: exp2(maximum of the part - maximum) / denominator, for every part and row.
-  const int rows = params.row_groups * 16;
-  const int stride = rows + 1;  // keeps the parts of one row in different banks
-  float2* stats = reinterpret_cast<float2*>(scratch);
-  for (int index = thread; index < split.parts * rows; index += kMergeThreads) {
-    const int part = index / rows;
-    const int row = index - part * rows;
-    const float2* source = params.stats + (2 * (split.head + part * params.m_tiles) + (part == 0)) * 64;
-    stats[part * stride + row] = __ldcg(source + row);
-  }
+  PartValues values;
+  if (team < count) values.load(source, slot, step, member, members, split.parts);  // on their way while weights are made
+  part_weights(params, table, split, thread, scratch);
   named_sync(kMergeBarrier, kMergeThreads);
-  MLA_TRACE(12);
-  const int lanes = rows <= 16 ? 16 : (rows <= 32 ? 8 : 4);  // lanes that share a row
-  const int row = thread / lanes;
-  if (row < rows) {  // uniform over every group of `lanes` lanes
-    const unsigned mask = (lanes == 16 ? 0xFFFFu : (lanes == 8 ? 0xFFu : 0xFu)) << (lane & ~(lanes - 1));
-    float maximum = -INFINITY;
-    for (int part = thread % lanes; part < split.parts; part += lanes) {
-      maximum = fmaxf(maximum, stats[part * stride + row].x);
-    }
-    for (int offset = 1; offset < lanes; offset *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(mask, maximum, offset));
-    const float reference = maximum == -INFINITY ? 0.f : maximum;
-    float sum = 0.f;
-    for (int part = thread % lanes; part < split.parts; part += lanes) {
-      const float2 stat = stats[part * stride + row];
-      sum += stat.y * exp2_approximate(stat.x - reference);
-    }
-    for (int offset = 1; offset < lanes; offset *= 2) sum += __shfl_xor_sync(mask, sum, offset);
-    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-    for (int part = thread % lanes; part < split.parts; part += lanes) {
-      stats[part * stride + row].x = exp2_approximate(stats[part * stride + row].x - reference) * inverse;
-    }
-    if (split.mine == 0 && thread % lanes == 0) store_lse(params, split.item, m_tile, row, maximum, sum);
-  }
-  named_sync(kMergeBarrier, kMergeThreads);
-
   MLA_TRACE(13);
-  const int pieces = params.row_groups * 64;
-  const int share = (pieces + split.parts - 1) / split.parts;
-  const int begin = min(split.mine * share, pieces);
-  const int count = min(share, pieces - begin);
-  if (share >= 16) {
+
 #pragma unroll 1
-    for (int i = warp * 4; i < count; i += 32) {
-      float4 sum[4];
-      add_parts<4>(params, split, scratch, stride, begin + i, min(4, count - i), 0, 1, lane, sum);
+  for (int first = 0; first < count; first += teams) {
+    const int unit = begin + first + team;
+    const bool active = first + team < count;
+    const int row = unit / 16 * 16 + lane / 4;
+    float4 sum[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (i + k < count) store_piece<T>(params, split, m_tile, begin + i + k, lane, sum[k]);
-      }
-    }
-  } else {
-    // Few pieces, many parts: several warps share a piece and add up through shared memory.
-    const int members = share > 4 ? 1 : (share > 2 ? 2 : (share > 1 ? 4 : 8));
-    const int teams = 8 / members;
-    float4* exchange = reinterpret_cast<float4*>(scratch + 2 * ((split.parts * stride + 1) & ~1));
+    for (int i = 0; i < 4; ++i) sum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (active) {
+      int part = member;
 #pragma unroll 1
-    for (int i = warp / members; i - warp / members < count; i += teams) {
-      float4 sum[1];
-      if (i < count) {
-        add_parts<1>(params, split, scratch, stride, begin + i, 1, warp % members, members, lane, sum);
+      while (true) {
+        values.add(sum, scratch + row, part, members, split.parts);
+        part += PartValues::kBatch * members;
+        if (part >= split.parts) break;
+        values.load(source, slot, step, part, members, split.parts);
       }
-      if (members > 1) {
-        exchange[thread] = sum[0];
-        named_sync(kMergeBarrier, kMergeThreads);
-        if (i < count && warp % members == 0) {
-          for (int member = 1; member < members; ++member) {
-            const float4 other = exchange[thread + member * 32];
-            sum[0].x += other.x;
-            sum[0].y += other.y;
-            sum[0].z += other.z;
-            sum[0].w += other.w;
+      source += teams * 128;
+      if (first + teams + team < count) values.load(source, slot, step, member, members, split.parts);
+    }
+    if (members > 1) {
+      named_sync(kMergeBarrier, kMergeThreads);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) exchange[(warp * 4 + i) * 32 + lane] = sum[i];
+      named_sync(kMergeBarrier, kMergeThreads);
+      if (member == 0) {
+#pragma unroll 1
+        for (int other = 1; other < members; ++other) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float4 value = exchange[((warp + other) * 4 + i) * 32 + lane];
+            sum[i].x += value.x;
+            sum[i].y += value.y;
+            sum[i].z += value.z;
+            sum[i].w += value.w;
           }
         }
-        named_sync(kMergeBarrier, kMergeThreads);
       }
-      if (i < count && warp % members == 0) store_piece<T>(params, split, m_tile, begin + i, lane, sum[0]);
+    }
+    if (active && member == 0) {
+      store_chunks(table, item_output<T>(params, split.item), row, unit % 16 * 32, lane, sum);
     }
   }
-
   MLA_TRACE(14);
+
   // The last to finish leaves the counters as the next launch expects them.
   named_sync(kMergeBarrier, kMergeThreads);
   if (thread == 0) {

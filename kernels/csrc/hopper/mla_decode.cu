@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "decode.cuh"
 
@@ -14,9 +15,6 @@ namespace {
 
 using namespace mla_hopper;
 
-// Priorities of cache lines in L2, as the copy engine takes them (values of createpolicy.fractional).
-constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
-constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr int kDefaultCtas = 132;
 constexpr uint64_t kCounterBytes = 2 * kMaxCtas * sizeof(uint32_t);
 
@@ -100,9 +98,15 @@ int32_t check(const mla_decode_params& p, const Device& device, const Failure& f
     return fail(MLA_ERROR_UNSUPPORTED, "q_dtype is %s (%d): the hopper target takes bfloat16 and float16",
                 dtype_name(p.q_dtype), p.q_dtype);
   }
-  if (p.kv_dtype != p.q_dtype) {
-    return fail(MLA_ERROR_UNSUPPORTED, "kv_dtype is %s (%d) and q_dtype %s (%d): the hopper target needs them equal",
+  const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  if (fp8 ? p.q_dtype != MLA_DTYPE_BFLOAT16 : p.kv_dtype != p.q_dtype) {
+    return fail(MLA_ERROR_UNSUPPORTED,
+                "kv_dtype is %s (%d) and q_dtype %s (%d): the hopper target takes equal ones, or fp8_ds_mla with bfloat16",
                 dtype_name(p.kv_dtype), p.kv_dtype, dtype_name(p.q_dtype), p.q_dtype);
+  }
+  if (fp8 && p.kv_stride_token != kTokenBytesFp8) {
+    return fail(MLA_ERROR_UNSUPPORTED, "kv_stride_token=%lld bytes: the hopper target needs the %d of packed fp8 tokens",
+                static_cast<long long>(p.kv_stride_token), kTokenBytesFp8);
   }
   if (p.num_splits != 0) {
     return fail(MLA_ERROR_UNSUPPORTED, "num_splits=%d: the hopper target chooses the splits itself, pass 0", p.num_splits);
@@ -143,16 +147,22 @@ int32_t check(const mla_decode_params& p, const Device& device, const Failure& f
   } const strides[] = {{"q_stride_batch", p.q_stride_batch, 0},
                        {"q_stride_seq", p.q_stride_seq, 0},
                        {"q_stride_head", p.q_stride_head, 0},
-                       {"kv_stride_token", p.kv_stride_token, kDim},
-                       {"kv_stride_block", p.kv_stride_block, 0},
+                       {"kv_stride_token", p.kv_stride_token, fp8 ? 0 : kDim},
+                       {"kv_stride_block", p.kv_stride_block / (fp8 ? 2 : 1), 0},
                        {"out_stride_batch", p.out_stride_batch, 0},
                        {"out_stride_seq", p.out_stride_seq, 0},
                        {"out_stride_head", p.out_stride_head, 0}};
   for (const auto& item : strides) {
     if (item.value < item.least || item.value % 8 != 0) {
-      return fail(MLA_ERROR_INVALID_ARGUMENT, "%s=%lld elements must be at least %lld and a multiple of 8 (16 bytes)",
+      return fail(MLA_ERROR_INVALID_ARGUMENT, "%s=%lld elements must be at least %lld and a multiple of 16 bytes",
                   item.name, static_cast<long long>(item.value), static_cast<long long>(item.least));
     }
+  }
+  if (p.s_q > 1 && p.h_q > 1 && p.q_stride_seq != p.h_q * p.q_stride_head) {
+    return fail(MLA_ERROR_UNSUPPORTED,
+                "q_stride_seq=%lld is not h_q * q_stride_head = %lld: the hopper target takes queries and heads as one "
+                "dimension; pass a contiguous q",
+                static_cast<long long>(p.q_stride_seq), static_cast<long long>(p.h_q * p.q_stride_head));
   }
   const uint64_t needed = mla_decode_workspace_bytes(&p);
   if (p.workspace_bytes < needed) {
@@ -181,39 +191,60 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-int32_t make_cache_map(const mla_decode_params& p, CUtensorMap* map, const Failure& fail) {
+// A map of a [z, y, 512 + 64] tensor of 16-bit elements whose boxes are [1, rows, 64], swizzled as wgmma reads them.
+// Strides count elements; y past its size reads as zeros.
+int32_t make_map(CUtensorMap* map, const char* name, int32_t dtype, const void* data, int y, int64_t y_stride, int z,
+                 int64_t z_stride, int rows, const Failure& fail) {
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) {
     return fail(MLA_ERROR_RUNTIME, "the CUDA driver has no cuTensorMapEncodeTiled; it is older than 12.0");
   }
   const CUtensorMapDataType type =
-      p.kv_dtype == MLA_DTYPE_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  // A pool of one block has no block stride to speak of, and zero blocks is never read: keep the map valid.
-  const cuuint64_t token_bytes = p.kv_stride_token * 2;
-  const cuuint64_t block_bytes = std::max<cuuint64_t>(p.kv_stride_block * 2, 16);
-  const cuuint64_t size[3] = {kDim, kTileTokens, static_cast<cuuint64_t>(std::max(p.num_blocks, 1))};
-  const cuuint64_t stride[2] = {token_bytes, block_bytes};
-  const cuuint32_t box[3] = {kColumns, kTileTokens, 1};
+      dtype == MLA_DTYPE_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  // A dimension of size 1 may come with any stride, and an empty pool is never read: keep the map valid.
+  const cuuint64_t size[3] = {kDim, static_cast<cuuint64_t>(y), static_cast<cuuint64_t>(std::max(z, 1))};
+  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(y > 1 ? y_stride * 2 : kDim * 2),
+                                static_cast<cuuint64_t>(z > 1 ? z_stride * 2 : kDim * 2)};
+  const cuuint32_t box[3] = {kColumns, static_cast<cuuint32_t>(rows), 1};
   const cuuint32_t step[3] = {1, 1, 1};
   const CUresult result =
-      encode(map, type, 3, const_cast<void*>(p.kv_cache), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, type, 3, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return fail(MLA_ERROR_INVALID_ARGUMENT,
-                "kv_cache=%p with kv_stride_block=%lld, kv_stride_token=%lld, num_blocks=%d: the driver refuses a tensor "
-                "map (CUresult %d)",
-                p.kv_cache, static_cast<long long>(p.kv_stride_block), static_cast<long long>(p.kv_stride_token),
-                p.num_blocks, static_cast<int>(result));
+                "%s=%p of shape [%d, %d, %d] with strides %lld and %lld: the driver refuses a tensor map (CUresult %d)",
+                name, data, z, y, kDim, static_cast<long long>(z_stride), static_cast<long long>(y_stride),
+                static_cast<int>(result));
   }
   return MLA_OK;
 }
 
-// The fewest tiles worth a CTA of their own, measured (NOTES_hopper.md): merging costs time that grows with the rows.
-int least_tiles(const mla_decode_params& p) {
+// Two measured numbers (NOTES_hopper.md) that grow with the rows a part carries to the merge: the fewest tiles worth a
+// CTA of their own, and the tiles of extra work that are cheaper than splitting an item.
+int tuned(const char* variable, int value) {
 #ifdef MLA_HOPPER_TUNING
-  if (const char* text = getenv("MLA_HOPPER_MIN_TILES")) return atoi(text);
+  if (const char* text = getenv(variable)) return atoi(text);
 #endif
-  return 1;
+  (void)variable;
+  return value;
+}
+
+struct Variant {
+  void (*function)(const Params, const CUtensorMap, const CUtensorMap);
+  int shared_bytes;
+};
+
+template <typename T, typename L>
+Variant variant() {
+  return {mla_decode_kernel<T, L>, L::kRequest};
+}
+
+Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
+  if (fp8) {
+    if (row_groups == 1) return variant<__nv_bfloat16, Layout<true, 16>>();
+    return row_groups == 2 ? variant<__nv_bfloat16, Layout<true, 32>>() : variant<__nv_bfloat16, Layout<true, 64>>();
+  }
+  return q_dtype == MLA_DTYPE_BFLOAT16 ? variant<__nv_bfloat16, Layout<false, 64>>() : variant<__half, Layout<false, 64>>();
 }
 
 Params kernel_params(const mla_decode_params& p, int ctas) {
@@ -224,16 +255,20 @@ Params kernel_params(const mla_decode_params& p, int ctas) {
   k.rows = p.s_q * p.h_q;
   k.m_tiles = query_tiles(p);
   k.groups = ctas / k.m_tiles;
-  k.min_tiles = least_tiles(p);
+  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
+  k.stagger = p.kv_dtype != MLA_DTYPE_FP8_DS_MLA && tuned("MLA_HOPPER_STAGGER", k.m_tiles > 1);
+  k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 2);
   k.row_groups = row_groups(p);
   k.causal = p.causal;
   k.max_length = static_cast<int>(std::min<int64_t>(int64_t(p.max_blocks_per_seq) * kTileTokens, 1 << 30));
-  k.scale_log2 = static_cast<float>(double(p.softmax_scale) * 1.4426950408889634);
-  k.cache_policy = k.m_tiles == 1 ? kEvictFirst : kEvictNormal;
-  k.q = p.q;
-  k.q_stride_batch = p.q_stride_batch;
-  k.q_stride_seq = p.q_stride_seq;
-  k.q_stride_head = p.q_stride_head;
+  k.negative = p.softmax_scale < 0.f;
+  // Never 0, so that a masked score of -inf stays one.
+  k.scale_log2 = std::max(static_cast<float>(std::abs(double(p.softmax_scale)) * 1.4426950408889634), 1e-30f);
+  k.cache_policy = tuned("MLA_HOPPER_READ_ONCE", k.m_tiles == 1) ? kReadOnce : kNormal;
+  if (p.kv_dtype == MLA_DTYPE_FP8_DS_MLA) {
+    k.raw_cache = static_cast<const uint8_t*>(p.kv_cache);
+    k.raw_stride = p.kv_stride_block;
+  }
   k.block_table = p.block_table;
   k.block_table_stride = p.block_table_stride;
   k.lengths = p.cache_seqlens;
@@ -281,33 +316,36 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   const Device device = current_device();
   int32_t status = check(p, device, fail);
   if (status != MLA_OK) return status;
-  CUtensorMap map;
-  status = make_cache_map(p, &map, fail);
-  if (status != MLA_OK) return status;
-
   const Params kernel = kernel_params(p, device.ctas);
-  void (*function)(const Params, const CUtensorMap) =
-      p.q_dtype == MLA_DTYPE_BFLOAT16 ? mla_decode_kernel<__nv_bfloat16> : mla_decode_kernel<__half>;
-  cudaError_t result = cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedRequest);
+  CUtensorMap query_map, cache_map = {};
+  status = make_map(&query_map, "q", p.q_dtype, p.q, kernel.rows, p.h_q > 1 ? p.q_stride_head : p.q_stride_seq, p.batch,
+                    p.q_stride_batch, kernel.row_groups * 16, fail);
+  if (status != MLA_OK) return status;
+  const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  if (!fp8) {
+    status = make_map(&cache_map, "kv_cache", p.kv_dtype, p.kv_cache, kTileTokens, p.kv_stride_token, p.num_blocks,
+                      p.kv_stride_block, kTileTokens, fail);
+    if (status != MLA_OK) return status;
+  }
+
+  const Variant variant = choose(p.q_dtype, fp8, kernel.row_groups);
+  cudaError_t result = cudaFuncSetAttribute(reinterpret_cast<const void*>(variant.function),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(device.ctas);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedRequest;
+  config.dynamicSmemBytes = variant.shared_bytes;
   config.stream = static_cast<cudaStream_t>(p.stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-#ifdef MLA_HOPPER_TUNING
-  if (getenv("MLA_HOPPER_PLAIN_LAUNCH")) config.numAttrs = 0;
-#endif
-  if (result == cudaSuccess) result = cudaLaunchKernelEx(&config, function, kernel, map);
+  if (result == cudaSuccess) result = cudaLaunchKernelEx(&config, variant.function, kernel, query_map, cache_map);
   if (result != cudaSuccess) {
     cudaGetLastError();
     return fail(MLA_ERROR_RUNTIME, "launch of %d CTAs with %d bytes of shared memory each failed: %s", device.ctas,
-                kSharedRequest, cudaGetErrorString(result));
+                variant.shared_bytes, cudaGetErrorString(result));
   }
   return MLA_OK;
 }

@@ -11,7 +11,9 @@ constexpr int kRope = 64;
 constexpr int kDim = kLatent + kRope;
 constexpr int kTileTokens = 64;          // tokens of a tile = tokens of a page
 constexpr int kTileRows = 64;            // query rows of a CTA, one wgmma M
-constexpr int kStages = 2;
+constexpr uint64_t kKeepInL2 = 0x14F0000000000000ull;  // L2 priorities as the copy engine takes them: evict last,
+constexpr uint64_t kReadOnce = 0x12F0000000000000ull;  // evict first,
+constexpr uint64_t kNormal = 0x1000000000000000ull;    // and neither (values of createpolicy.fractional)
 constexpr int kColumns = 64;             // elements of a 128-byte swizzled row
 constexpr int kSlabs = kDim / kColumns;  // [64 rows, 64 elements] slabs of a tile
 constexpr int kSlabBytes = 64 * kColumns * 2;
@@ -19,15 +21,38 @@ constexpr int kTileBytes = kSlabs * kSlabBytes;
 constexpr int kThreads = 384;            // two consumer warpgroups and one of producers
 constexpr int kMaxCtas = 256;            // counters kept in the workspace
 
-// Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period).
-constexpr int kQueryOffset = 0;
-constexpr int kCacheOffset = kQueryOffset + kTileBytes;
-constexpr int kWeightOffset = kCacheOffset + kStages * kTileBytes;  // softmax weights P, one slab
-constexpr int kAlphaOffset = kWeightOffset + kSlabBytes;            // float[64]: factor of the running output
-constexpr int kInverseOffset = kAlphaOffset + 64 * 4;               // float[64]: 1 / softmax denominator
-constexpr int kBarrierOffset = kInverseOffset + 64 * 4;
-constexpr int kSharedBytes = kBarrierOffset + 64;
-constexpr int kSharedRequest = kSharedBytes + 1024;  // slack to align the base
+// A stage is filled and emptied in three pieces, each as soon as its last reader is done with it: the rope slab (read
+// for the scores only) and the latent slabs whose values warpgroup 0 and warpgroup 1 read.
+constexpr int kPieces = 3;
+constexpr int kPieceRope = 0, kPieceLeft = 1, kPieceRight = 2;
+
+constexpr int kTokenBytesFp8 = 656;   // 512 e4m3, 4 float32 scales, 64 bfloat16
+constexpr int kRawTokens = 16;        // tokens of one copy of raw fp8 cache
+constexpr int kRawBytes = kRawTokens * kTokenBytesFp8;
+
+// Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period). With an fp8 cache there is
+// a ring of raw tokens beside the 16-bit stages; the room for it is what fewer query rows, or one stage less, leave.
+template <bool kIsFp8, int kRows>
+struct Layout {
+  static constexpr bool kFp8 = kIsFp8;
+  static constexpr int kStages = kFp8 && kRows > 32 ? 1 : 2;
+  static constexpr int kRawSlots = !kFp8 ? 0 : (kRows == 16 ? 5 : (kRows == 32 ? 3 : 6));
+  static constexpr int kQuerySlabBytes = kRows * kColumns * 2;  // wgmma reads 64 rows: past kRows, whatever follows
+  static constexpr int kQuery = 0;
+  static constexpr int kCache = kQuery + kSlabs * kQuerySlabBytes;
+  static constexpr int kRaw = kCache + kStages * kTileBytes;
+  static constexpr int kWeights = (kRaw + kRawSlots * kRawBytes + 1023) / 1024 * 1024;  // softmax weights P, one slab
+  static constexpr int kAlpha = kWeights + kSlabBytes;  // float[64]: factor of the running output
+  static constexpr int kInverse = kAlpha + 64 * 4;      // float[64]: 1 / softmax denominator
+  static constexpr int kOutRows = kInverse + 64 * 4;    // int64[64]: elements from an item's out to the row
+  static constexpr int kLseRows = kOutRows + 64 * 8;    // int32[64]: elements from an item's lse to the row
+  static constexpr int kSplits = kLseRows + 64 * 4;     // Split[2]
+  static constexpr int kBarriers = kSplits + 32;
+  static constexpr int kBytes = kBarriers + (2 * kStages * kPieces + 2 + kRawSlots) * 8;
+  static constexpr int kRequest = kBytes + 1024;  // slack to align the base
+  static_assert(kRequest <= 232448, "more shared memory than a CTA can have");
+  static_assert(kCache % 1024 == 0, "stages must be aligned to the swizzle's period");
+};
 
 struct Params {
   int batch, s_q, h_q;
@@ -35,13 +60,16 @@ struct Params {
   int m_tiles;     // CTAs of a group
   int groups;
   int min_tiles;   // smallest piece of the tile line a group takes
+  int split_cost;  // what splitting an item costs, in tiles
   int row_groups;  // 16-row groups kept in a partial result: ceil(min(rows, 64) / 16)
   int causal;
+  int stagger;     // warpgroup 1 works during warpgroup 0's softmax
   int max_length;  // tokens the block table can address
-  float scale_log2;  // softmax_scale * log2(e)
+  float scale_log2;  // |softmax_scale| * log2(e), not 0
+  int negative;      // softmax_scale < 0
   uint64_t cache_policy;
-  const void* q;
-  int64_t q_stride_batch, q_stride_seq, q_stride_head;
+  const uint8_t* raw_cache;  // fp8: the cache and the bytes from one page to the next
+  int64_t raw_stride;
   const int32_t* block_table;
   int64_t block_table_stride;
   const int32_t* lengths;
@@ -59,7 +87,7 @@ struct Params {
 
 #ifdef MLA_HOPPER_TRACE
 #define MLA_TRACE(i) \
-  if (threadIdx.x == 0) params.trace[blockIdx.x * 32 + (i)] = clock64()
+  if ((threadIdx.x & (threadIdx.x < 256 ? 511 : 31)) == 0) params.trace[blockIdx.x * 32 + (i)] = clock64()
 #else
 #define MLA_TRACE(i)
 #endif

@@ -52,10 +52,15 @@ __device__ __forceinline__ void tensor_copy(uint32_t destination, const CUtensor
       : "memory");
 }
 
-__device__ __forceinline__ void async_copy_16(uint32_t destination, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(destination), "l"(source) : "memory");
+// `bytes` contiguous bytes, a multiple of 16, into shared memory; they complete on `barrier`.
+__device__ __forceinline__ void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier,
+                                          uint64_t cache_policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::"r"(
+          destination),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(cache_policy)
+      : "memory");
 }
-__device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
 // Makes this thread's ordinary shared-memory writes visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
@@ -74,6 +79,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
 }
 __device__ __forceinline__ void add_release(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
+}
+
+// blockIdx.x, read anew where it is used rather than kept in a register.
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(index));
+  return index;
 }
 
 template <int kRegisters>

@@ -2,7 +2,8 @@
 //
 // The cache of the whole batch is one line of 64-token tiles, item after item. The line is cut into equal pieces, one
 // for each group of `m_tiles` CTAs (one CTA for each 64 query rows, so that CTAs sharing cache tiles run side by side
-// and meet in L2). An item that a cut goes through is computed in parts and merged afterwards (merge.cuh).
+// and meet in L2). An item that a cut goes through is computed in parts and merged afterwards (merge.cuh). Where it costs
+// little, the pieces are made a bit longer so that cuts and items' ends coincide.
 #ifndef MLA_HOPPER_SCHEDULE_CUH_
 #define MLA_HOPPER_SCHEDULE_CUH_
 
@@ -11,8 +12,6 @@
 namespace mla_hopper {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-__device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kAllLanes, value); }
 
 // One part of one item: tiles [first, last) of its `tiles`.
 struct Work {
@@ -28,41 +27,55 @@ struct Work {
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const Params& params, int group, int lane) : params_(params), lane_(lane) {
-    int total = 0;
-    int empty = 0;
+    int total = 0, longest = 0, shortest = 1 << 30;
 #pragma unroll 4
     for (int i = lane; i < params.batch; i += 32) {
-      const int length = item_length(i);
-      total += tile_count(length);
-      empty |= length == 0;
+      const int tiles = tile_count(item_length(i));
+      total += tiles;
+      longest = max(longest, tiles);
+      shortest = min(shortest, tiles);
     }
-    total = warp_sum(total);
-    has_empty_items = __any_sync(kAllLanes, empty);
-    const int even = (total + params.groups - 1) / params.groups;
-    tiles_per_group_ = even > params.min_tiles ? even : params.min_tiles;
-    position_ = group * tiles_per_group_;
-    end_ = min(position_ + tiles_per_group_, total);
-    item_ = params.batch;
-    if (position_ >= end_) return;
+    total = __reduce_add_sync(kAllLanes, total);
+    longest = __reduce_max_sync(kAllLanes, longest);
+    shortest = __reduce_min_sync(kAllLanes, shortest);
+    has_empty_items = shortest == 0;
+    per_group_ = max((total + params.groups - 1) / params.groups, params.min_tiles);
+    if (params.batch <= params.groups) {
+      // Enough groups to start every item at a group of its own: no CTA then has two parts to load, store and merge.
+      const int own = max((longest + params.groups / params.batch - 1) / (params.groups / params.batch), params.min_tiles);
+      aligned_ = own <= per_group_ + (own >= longest ? params.split_cost : 1);
+      if (aligned_) per_group_ = own;
+    } else if (shortest == longest) {
+      const int whole = longest * ((params.batch + params.groups - 1) / params.groups);
+      if (whole <= per_group_ + params.split_cost) per_group_ = whole;
+    }
+    position_ = group * per_group_;
+    end_ = position_ + per_group_;
+    if (!aligned_) end_ = min(end_, total);
     int before = 0;  // tiles of the items before this chunk of 32
-    for (int chunk = 0; chunk < params.batch; chunk += 32) {
-      load_chunk(chunk);
-      const int mine = tile_count(lane_length_);
-      int inclusive = mine;
+    item_ = -1;
+    if (position_ < end_) {
+      for (int chunk = 0; chunk < params.batch; chunk += 32) {
+        load_chunk(chunk);
+        int mine = tile_count(lane_length_);
+        if (aligned_) mine = (mine + per_group_ - 1) / per_group_ * per_group_;
+        int inclusive = mine;
 #pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, inclusive, offset);
-        if (lane >= offset) inclusive += other;
+        for (int offset = 1; offset < 32; offset *= 2) {
+          const int other = __shfl_up_sync(kAllLanes, inclusive, offset);
+          if (lane >= offset) inclusive += other;
+        }
+        const unsigned reached = __ballot_sync(kAllLanes, before + inclusive > position_);
+        if (reached != 0) {
+          const int found = __ffs(reached) - 1;
+          item_ = chunk + found;
+          item_start_ = before + __shfl_sync(kAllLanes, inclusive - mine, found);
+          break;
+        }
+        before += __shfl_sync(kAllLanes, inclusive, 31);
       }
-      const unsigned reached = __ballot_sync(kAllLanes, before + inclusive > position_);
-      if (reached != 0) {
-        const int found = __ffs(reached) - 1;
-        item_ = chunk + found;
-        item_start_ = before + __shfl_sync(kAllLanes, inclusive - mine, found);
-        break;
-      }
-      before += __shfl_sync(kAllLanes, inclusive, 31);
     }
+    if (item_ < 0) end_ = position_;
   }
 
   // The next part of this group's piece; false at its end.
@@ -75,9 +88,9 @@ class Schedule {
     work.tiles = tile_count(length);
     work.first = position_ - item_start_;
     work.last = min(work.tiles, end_ - item_start_);
-    work.head_group = item_start_ / tiles_per_group_;
-    work.parts = (item_start_ + work.tiles - 1) / tiles_per_group_ - work.head_group + 1;
-    position_ = item_start_ + work.last;
+    work.head_group = item_start_ / per_group_;
+    work.parts = (item_start_ + work.tiles - 1) / per_group_ - work.head_group + 1;
+    position_ = aligned_ ? end_ : item_start_ + work.last;
     if (work.last == work.tiles) {
       item_start_ += work.tiles;
       ++item_;
@@ -108,7 +121,9 @@ class Schedule {
   int lane_;
   int lane_length_ = 0;  // length of item chunk_ + lane
   int chunk_ = 0;
-  int tiles_per_group_, position_, end_;
+  bool aligned_ = false;
+  int per_group_;  // tiles of a group's piece
+  int position_, end_;
   int item_, item_start_ = 0;
 };
 
