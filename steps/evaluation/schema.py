@@ -65,7 +65,7 @@ class LatencyCase(Section):
     speedup: float  # baseline_p50_us / p50_us
     gbps: float  # cache, queries and outputs read or written once, 1e9 bytes a second
     tflops: float  # 1e12 operations a second, a multiply-add counted as two
-    fraction_of_limit: float  # gbps / limit_gbps; above 1 where the cache fits the processor's own cache
+    fraction_of_limit: float  # gbps / limit_gbps
 
 
 class Latency(Section):
