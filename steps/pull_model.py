@@ -17,6 +17,8 @@ from steps.registry.access import connect, explained, resolve
 from steps.registry.download import Progress, download
 from steps.registry.paths import check_paths
 from steps.registry.provenance import describe_model, provenance, read_mlmodel
+from steps.registry.requirements import check as check_requirements
+from steps.registry.requirements import table
 from steps.registry.uris import parse_model_uri
 from steps.registry.weights import check_pickle_names, check_weights
 
@@ -32,6 +34,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allow-pickle", choices=("true", "false"), default="false", help="accept pickled weights"
+    )
+    parser.add_argument(
+        "--allow-requirement-conflicts",
+        choices=("true", "false"),
+        default="false",
+        help="go on although the serving image has other versions than the model asks for",
     )
     parser.add_argument("--workers", type=int, default=8, help="transfers at a time")
 
@@ -76,7 +84,9 @@ def main(job: Job) -> None:
     )
     read_mlmodel(folder)
     check_weights(folder, allow_pickle)
-    document = provenance(registry, model, describe_model(folder), downloaded)
+    parity = check_requirements(folder, job.args.allow_requirement_conflicts == "true")
+    log.info("requirements, model against serving image:\n%s", table(parity))
+    document = provenance(registry, model, describe_model(folder), downloaded, parity)
     job.write_json("provenance", "provenance.json", document)
     log.info("%(name)s version %(version)s: %(total_bytes)d bytes, checkpoint %(checkpoint)s", document)
 

@@ -29,6 +29,9 @@ PART_BYTES = 32 << 20
 ATTEMPTS = 6  # of one part without a byte of progress
 _SPACE_RESERVE = 256 << 20  # bytes left free on the disk
 _STATE_SECONDS = 1.0
+_HASH_BYTES = (
+    4 << 20
+)  # read and hashed at a time; larger than CHUNK, as every piece is a turn at Python's lock
 
 
 @dataclass(frozen=True)
@@ -322,7 +325,7 @@ class _File:
                     position, changes = 0, self._changes
                     continue
             while position < ready:
-                data = os.pread(self._descriptor, min(CHUNK, ready - position), position)
+                data = os.pread(self._descriptor, min(_HASH_BYTES, ready - position), position)
                 digest.update(data)
                 if self._md5:  # known since the first answer
                     md5.update(data)

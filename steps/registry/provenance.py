@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from container.serving.checkpoint import ModelConfig, NotMlaModel, find_checkpoi
 from steps.job import StepError, redact
 from steps.registry.access import Registry, ResolvedModel
 from steps.registry.download import Downloaded
+from steps.registry.requirements import Row
 
 SCHEMA_VERSION = 1
 NONE = "-"  # JsonGet reads these fields, and CustomerMetadataProperties take no empty value
@@ -74,9 +76,13 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
 
 def provenance(
-    registry: Registry, model: ResolvedModel, description: dict[str, Any], files: Sequence[Downloaded]
+    registry: Registry,
+    model: ResolvedModel,
+    description: dict[str, Any],
+    files: Sequence[Downloaded],
+    parity: Sequence[Row] = (),
 ) -> dict[str, Any]:
-    """The document of provenance.json."""
+    """The document of provenance.json; `parity` is the comparison of the requirements with the image."""
     return {
         "schema_version": SCHEMA_VERSION,
         "model_uri": model.uri.text,
@@ -89,6 +95,7 @@ def provenance(
         "source": redact(model.source) or NONE,
         "route": model.store.describe,
         **description,
+        "requirement_parity": [asdict(row) for row in parity],
         "files": [{"path": file.path, "bytes": file.bytes, "sha256": file.sha256} for file in files],
         "total_bytes": sum(file.bytes for file in files),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -66,10 +66,11 @@ def pull(tmp_path: Path) -> Pull:
 
 
 @pytest.fixture(autouse=True)
-def no_secret_escapes(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[None]:
+def no_secret_escapes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     """Neither the log, nor the exit message, nor a file below the outputs holds a secret."""
+    capture = request.getfixturevalue("capsys" if "capsys" in request.fixturenames else "capfd")
     yield
-    captured = capfd.readouterr()
+    captured = capture.readouterr()
     texts = {"stdout": captured.out, "stderr": captured.err}
     for path in tmp_path.rglob("*"):
         if path.is_file() and path.stat().st_size < 1 << 20:

@@ -173,7 +173,7 @@ def test_thousands_of_small_files_do_not_stay_open(tmp_path: Path) -> None:
     assert len(results) == 300
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 9 << 20), min_size=1, max_size=4),
     breaks=st.lists(st.integers(0, 5 << 20), max_size=4),

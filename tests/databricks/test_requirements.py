@@ -1,0 +1,168 @@
+"""Model requirements against the serving image: verdicts, the step's refusal, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steps.job import StepError
+from steps.registry import cuda, requirements
+from steps.registry.requirements import compare, image_requirements, image_versions, model_requirements
+from tests.databricks.conftest import NAME, Pull
+from tests.databricks.models import write_model_folder
+from tests.databricks.runner import failed
+from tests.databricks.workspace import Workspace
+
+IMAGE = {"python": "3.12.3", "numpy": "2.4.6", "torch": "2.13.0", "tokenizers": "0.22.1", "triton": "3.5.0"}
+
+
+def verdict(name: str, specifier: str, torch_cuda: str | None = "13.0") -> str:
+    return compare({name: (specifier, "requirements.txt")}, IMAGE, torch_cuda)[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "specifier", "expected"),
+    [
+        ("torch", "==2.13.0", "same"),
+        ("torch", "==2.13.0+cu130", "same"),
+        ("torch", "==2.11.0", "compatible"),
+        ("torch", ">=2.11", "compatible"),
+        ("torch", "", "compatible"),
+        ("torch", "==2.*", "compatible"),
+        ("torch", "==1.13.1", "conflicting"),
+        ("torch", "<2.13", "conflicting"),
+        ("numpy", "==1.26.4", "conflicting"),
+        ("tokenizers", "==0.22.0", "compatible"),
+        ("tokenizers", "==0.21.0", "conflicting"),
+        ("python", "==3.10.3", "compatible"),
+        ("mlflow", "==3.17.2", "missing"),
+        ("nvidia-cudnn-cu12", "==9.1", "conflicting"),
+        ("nvidia-cudnn-cu13", "==9.1", "missing"),
+    ],
+)
+def test_verdicts(name: str, specifier: str, expected: str) -> None:
+    assert verdict(name, specifier) == expected
+
+
+@given(
+    st.sampled_from(["==", ">=", "<=", "~=", "!="]),
+    st.from_regex(r"[0-9]{1,2}(\.[0-9]{1,2}){1,2}", fullmatch=True),
+)
+def test_every_specifier_gets_a_verdict(operator: str, version: str) -> None:
+    assert verdict("torch", f"{operator}{version}") in ("same", "compatible", "conflicting")
+
+
+def test_the_three_files(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text(
+        "--extra-index-url x\n# comment\nTorch==2.13.0  # why\nwin; sys_platform == 'win32'\n"
+        "flash @ https://host/flash.whl\n"
+    )
+    conda = "dependencies:\n- python=3.11.9\n- pip<=24\n- pip:\n  - torch==1.0\n  - pandas>=2\n"
+    (tmp_path / "conda.yaml").write_text(conda)
+    (tmp_path / "python_env.yaml").write_text(
+        "python: 3.11.8\ndependencies:\n- -r requirements.txt\n- rich\n"
+    )
+    assert model_requirements(tmp_path) == {
+        "torch": ("==2.13.0", "requirements.txt"),
+        "flash": (" @ https://host/flash.whl", "requirements.txt"),
+        "pandas": (">=2", "conda.yaml"),
+        "python": ("==3.11.9", "conda.yaml"),
+        "rich": ("", "python_env.yaml"),
+    }
+
+
+def test_a_line_that_is_no_requirement(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("torch=2\n")
+    with pytest.raises(StepError, match="torch=2"):
+        model_requirements(tmp_path)
+
+
+def test_the_image_has_the_serve_extra_and_what_it_pulls_in() -> None:
+    versions = image_versions()
+    assert {"python", "torch", "fastapi", "uvicorn", "starlette", "safetensors"} <= versions.keys()
+    assert not {"mlflow", "sagemaker", "pytest", "moto"} & versions.keys()
+
+
+def test_the_image_requirements_are_what_is_lacking() -> None:
+    rows = compare(
+        {
+            "numpy": ("==1.26.4", ""),
+            "pandas": (">=2", ""),
+            "torch": ("==2.13.0", ""),
+            "python": ("==2.7", ""),
+        },
+        IMAGE,
+        None,
+    )
+    assert image_requirements(rows) == "numpy==1.26.4\npandas>=2\n"
+
+
+def test_conflicts_fail_the_pull_unless_allowed(workspace: Workspace, pull: Pull, tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "old")
+    (folder / "requirements.txt").write_text("torch==1.13.1\nnumpy==1.26.4\nmlflow==3.17.2\n")
+    version = workspace.add_model(NAME, folder)
+    uri = f"models:/{NAME}/{version}"
+    failed(pull(uri), "torch ==1.13.1", "numpy ==1.26.4", "--allow-requirement-conflicts true")
+    outcome = pull(uri, "--allow-requirement-conflicts", "true")
+    assert outcome.code == 0, outcome.message
+    document = json.loads((outcome.output("provenance") / "provenance.json").read_text())
+    verdicts = {row["name"]: row["verdict"] for row in document["requirement_parity"]}
+    assert verdicts == {"torch": "conflicting", "numpy": "conflicting", "mlflow": "missing"}
+
+
+def test_the_command_reads_no_weights(workspace: Workspace, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "requirements-image.txt"
+    assert requirements.main([f"models:/{NAME}@champion", "--write", str(out)]) == 0
+    assert "mlflow" in capsys.readouterr().out
+    assert out.read_text() == "mlflow==3.17.2\n"
+    assert not workspace.count("safetensors")
+
+
+def test_the_command_explains_failures(workspace: Workspace, capsys) -> None:
+    assert requirements.main([f"models:/{NAME}@absent"]) == 2
+    assert "no alias 'absent'" in capsys.readouterr().err
+
+
+def test_the_command_prints_json_and_fails_on_conflicts(tmp_path: Path, capsys) -> None:
+    (tmp_path / "requirements.txt").write_text("torch==1.13.1\n")
+    assert requirements.main([str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["verdict"] == "conflicting"
+
+
+# CUDA
+
+
+def test_driver_and_kernel_against_torch(tmp_path: Path) -> None:
+    (tmp_path / "hopper").mkdir()
+    (tmp_path / "hopper" / "manifest.json").write_text('{"compiler": "nvcc 12.8.93"}')
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "manifest.json").write_text('{"compiler": "g++ 13.0.1"}')
+    rows = {
+        row.name: row.verdict for row in cuda.check("13.0", tmp_path, "al2-ami-sagemaker-inference-gpu-3-1")
+    }
+    assert rows == {
+        "cuda (kernel hopper)": "conflicting",
+        "driver (torch, CUDA 13.0)": "conflicting",
+        "driver (kernel hopper, CUDA 12.8)": "compatible",
+    }
+    good = cuda.check("13.0", None, "al2023-ami-sagemaker-inference-gpu-4-1")
+    assert [row.verdict for row in good] == ["compatible"]
+    assert cuda.check("13.0", None, "my-ami")[0].note.startswith("'my-ami' is not in the table")
+
+
+def test_the_table_covers_every_gpu_ami_that_botocore_knows() -> None:
+    import botocore.loaders
+
+    model = botocore.loaders.Loader().load_service_model("sagemaker", "service-2")
+    known = model["shapes"]["ProductionVariantInferenceAmiVersion"]["enum"]
+    assert {name for name in known if "gpu" in name} == cuda.AMI_DRIVER.keys()
+
+
+def test_cuda_of_the_installed_torch_without_importing_it() -> None:
+    import torch
+
+    assert cuda.torch_cuda() == torch.version.cuda
