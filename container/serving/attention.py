@@ -40,6 +40,7 @@ class DecodeAttention:
                 f"{config.kv_lora_rank} and {config.qk_rope_head_dim}; use bfloat16"
             )
         self.cache_dtype = torch.uint8 if self.fp8 else getattr(torch, cache)
+        self.latent_dim = config.latent_dim
         self.row_width = FP8_TOKEN_BYTES if self.fp8 else config.latent_dim
         self._backend, self._q_dtype = self._choose(get_backend(backend, kernel_dir), device, config, dtype)
         self.name = self._backend.name

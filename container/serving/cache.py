@@ -39,6 +39,12 @@ class LatentCache:
     def bytes_per_page(self) -> int:
         return self._data[:, 0].nbytes
 
+    def fill_random(self) -> None:
+        """Fills every slot with normal values, for benchmarks: they decode over a context never prefilled."""
+        for layer in self._rows:
+            width = self.attention.latent_dim
+            layer.copy_(self.attention.pack(torch.randn(layer.shape[0], width, device=layer.device)))
+
     def write(self, layer: int, slots: Tensor, latents: Tensor) -> None:
         """Stores latents [T, rank + rope] in slots int64 [T]."""
         self._rows[layer].index_copy_(0, slots, self.attention.pack(latents))

@@ -285,22 +285,34 @@ class Engine:
                 self.allocator.release(pages)
         return torch.cat(parts)
 
-    def decode_step_times(self, context: int = 64, batch: int = 1, steps: int = 32) -> list[float]:
-        """Milliseconds of each of `steps` decode steps of `batch` sequences of about `context` tokens."""
+    def decode_step_times(
+        self, context: int = 64, batch: int = 1, steps: int = 32, prefill: bool = True
+    ) -> list[float]:
+        """Milliseconds of each of `steps` decode steps of `batch` sequences of about `context` tokens.
+
+        Without `prefill` the context's latents are whatever the cache holds: for a benchmark, where a decode
+        step's time does not depend on their values.
+        """
         context = min(context, self.max_model_len - steps - 2)
         generator = torch.Generator().manual_seed(0)
         sampling = Sampling(max_tokens=steps + 1, ignore_eos=True)
+        sequences = []
         for _ in range(batch):
             prompt = torch.randint(self.config.vocab_size, (context,), generator=generator)
-            self.add(prompt.tolist(), sampling)
-        while any(s.length - s.computed > 1 for s in [*self.scheduler.running, *self.scheduler.waiting]):
+            sequences.append(self.add(prompt.tolist(), sampling))
+        if not prefill:
+            while self.scheduler.waiting:
+                self.scheduler.plan()
+                for sequence in self.scheduler.running:
+                    sequence.computed = context - 1
+        while any(s.length - s.computed > 1 for s in sequences):
             self.step()
         times = []
         while self.busy:
             start = time.perf_counter()
             self.step()
             times.append(1e3 * (time.perf_counter() - start))
-        return times[:steps]
+        return times[-steps:]
 
 
 def _cache_pages(

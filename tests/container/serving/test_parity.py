@@ -1,5 +1,7 @@
 """The engine against transformers: same logits, same greedy tokens, whatever the batch and the chunks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -56,24 +58,32 @@ def test_greedy_tokens_of_a_ragged_batch(reference, form: str) -> None:
         assert completion.finish_reason == "length"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        Options(step_tokens=48, max_batch=2),  # prompts in chunks, requests waiting for a place
-        Options(cache_tokens=256),  # too few pages for all at once: preemption and recomputation
-    ],
-    ids=["chunked", "preempted"],
-)
-def test_scheduling_does_not_change_tokens(reference, options: Options) -> None:
+@pytest.mark.parametrize("chunk", [17, 48])
+def test_chunked_prefill_does_not_change_tokens(reference, chunk: int) -> None:
     ref = reference("v3-yarn")
-    plain = Engine.load(ref.folder, backend="reference", kv_cache_dtype="float32")
-    expected = [plain.generate([p], NEW_TOKENS, ignore_eos=True)[0].token_ids for p in prompts()]
+    expected = alone(ref.folder, prompts(), NEW_TOKENS)
+    options = Options(step_tokens=chunk, max_batch=2)  # some requests wait for a place, too
     engine = Engine.load(ref.folder, backend="reference", kv_cache_dtype="float32", options=options)
-    got = [c.token_ids for c in engine.generate(prompts(), NEW_TOKENS, ignore_eos=True)]
-    assert got == expected
+    got = engine.generate(prompts(), NEW_TOKENS, ignore_eos=True)
+    assert [c.token_ids for c in got] == expected
     assert engine.allocator.used == 0
-    if options.cache_tokens:
-        assert engine.scheduler.preemptions > 0
+
+
+def test_preemption_does_not_change_tokens(reference) -> None:
+    ref = reference("v3-yarn")
+    wanted = [prompts()[1], prompts()[2]]
+    expected = alone(ref.folder, wanted, 140)
+    options = Options(cache_tokens=256)  # both start, and both grow to four pages: only one of them can
+    engine = Engine.load(ref.folder, backend="reference", kv_cache_dtype="float32", options=options)
+    got = engine.generate(wanted, 140, ignore_eos=True)
+    assert [c.token_ids for c in got] == expected
+    assert engine.scheduler.preemptions > 0
+    assert engine.allocator.used == 0
+
+
+def alone(folder: Path, wanted: list[list[int]], count: int) -> list[list[int]]:
+    engine = Engine.load(folder, backend="reference", kv_cache_dtype="float32")
+    return [engine.generate([p], count, ignore_eos=True)[0].token_ids for p in wanted]
 
 
 def test_a_16_bit_cache_stays_close(reference) -> None:

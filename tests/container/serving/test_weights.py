@@ -94,7 +94,8 @@ def test_loading_reports_progress(reference) -> None:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_weights_are_the_mapped_file(reference) -> None:
     """On the CPU a tensor that needs no rearranging is not copied."""
-    address = load(reference("v3-yarn").folder).model.embedding.data_ptr()
+    engine = load(reference("v3-yarn").folder)
+    address = engine.model.embedding.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(part, 16) for part in line.split()[0].split("-"))
         if start <= address < end:
