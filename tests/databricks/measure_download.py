@@ -55,7 +55,7 @@ def table(records: list[dict[str, Any]], size: int, files: int, cores: int, plac
     """The records as a Markdown section."""
     lines = [
         f"{files} x {size / 1e9:.1f} GB over loopback to {place}, {cores} cores, {platform.machine()}, "
-        f"Python {platform.python_version()}; median of {len(records) // len(MODES)} runs, each mode in turn.",
+        f"Python {platform.python_version()}; median of {len(records) // len(MODES)} runs, modes in turn.",
         "",
         "| what | MB/s | share of it that PullModel reaches | CPU seconds | peak memory, MB |",
         "|---|---|---|---|---|",
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="write the records there instead of docs/RESULTS_download.md"
     )
-    parser.add_argument("--folder", default="/dev/shm", help="where source and copy lie; memory, not a disk")
+    parser.add_argument("--folder", default="/tmp", help="where source and copy lie; /dev/shm is memory")
     args = parser.parse_args()
     folder, size = Path(tempfile.mkdtemp(dir=args.folder)), args.bytes // args.files
     try:

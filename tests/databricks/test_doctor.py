@@ -1,0 +1,72 @@
+"""`doctor`: what is missing is said before a pipeline runs into it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from steps.registry import doctor
+from steps.registry.doctor import diagnose
+from tests.databricks.conftest import NAME
+from tests.databricks.workspace import PRINCIPAL, Workspace
+
+URI = f"models:/{NAME}@champion"
+
+
+def states(uri: str = URI) -> dict[str, str]:
+    return {check.name: check.state for check in diagnose(uri)}
+
+
+def test_all_is_well(workspace: Workspace) -> None:
+    assert states() == {
+        "model URI": "ok",
+        "credentials": "ok",
+        "registry": "ok",
+        "model": "ok",
+        "files": "ok",
+        f"APPLY TAG on {NAME}": "ok",
+    }
+
+
+@pytest.mark.parametrize(
+    ("privilege", "securable", "grant"),
+    [
+        ("USE_CATALOG", "main", "GRANT USE CATALOG ON CATALOG main"),
+        ("USE_SCHEMA", "main.ml", "GRANT USE SCHEMA ON SCHEMA main.ml"),
+        ("EXECUTE", NAME, f"GRANT EXECUTE ON FUNCTION {NAME}"),
+        ("APPLY_TAG", NAME, f"GRANT APPLY TAG ON FUNCTION {NAME}"),
+    ],
+)
+def test_a_missing_grant(privilege: str, securable: str, grant: str, workspace: Workspace) -> None:
+    workspace.missing_grants.add((privilege, securable))
+    failed = [check for check in diagnose(URI) if check.state == "failed"]
+    assert f"{grant} TO `{PRINCIPAL}`" in [check.fix for check in failed]
+    assert {check.name for check in failed} <= {"model", f"{privilege.replace('_', ' ')} on {securable}"}
+
+
+def test_grants_that_may_not_be_asked_are_unknown(workspace: Workspace) -> None:
+    workspace.missing_grants.add(("EXECUTE", NAME))
+    workspace.fail("GET .*/effective-permissions/", status=403, times=99)
+    found = states()
+    assert found["model"] == "failed"
+    assert found[f"EXECUTE on {NAME}"] == "unknown"
+
+
+def test_storage_that_refuses(workspace: Workspace) -> None:
+    workspace.fail("GET /api/2.0/fs/files/", status=403, times=99)
+    assert states()["files"] == "failed"
+
+
+def test_nothing_works(monkeypatch, workspace: Workspace, capsys) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
+    assert doctor.main([URI]) == 1
+    assert "FAILED   registry: No answer" in capsys.readouterr().out
+    assert states("nonsense") == {"registry": "failed"}
+
+
+def test_the_command(workspace: Workspace, capsys) -> None:
+    assert doctor.main([URI, "--json"]) == 0
+    assert {check["state"] for check in json.loads(capsys.readouterr().out)} == {"ok"}
+    assert doctor.main([URI]) == 0
+    assert "ok       files: 7 files" in capsys.readouterr().out
