@@ -57,12 +57,12 @@ def main(job: Job) -> None:
         "model_package_arn": job.args.model_package_arn,
         "endpoint": job.args.endpoint_name,
     }
-    keys = {registry.tag_key(f"mla.{key}"): value[:TAG_VALUE_LIMIT] for key, value in tags.items() if value}
+    tags = {f"mla.{key}": value[:TAG_VALUE_LIMIT] for key, value in tags.items() if value}
     recorded: list[str] = []
     if release.run_id:
-        recorded += record_run(registry, release, keys, evaluation_files(job))
+        recorded += record_run(registry, release, tags, evaluation_files(job))
     if release.version:
-        recorded += record_version(registry, release, keys, job.args.stage)
+        recorded += record_version(registry, release, tags, job.args.stage)
     if not recorded:
         raise StepError(
             "The release names neither an MLflow model version nor a run, so nothing can be recorded.",
@@ -79,7 +79,7 @@ def main(job: Job) -> None:
             "name": release.name or NONE,
             "version": release.version or NONE,
             "run_id": release.run_id or NONE,
-            "tags": keys,
+            "tags": tags,
             "metrics": release.metrics,
             "recorded": recorded,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -180,7 +180,7 @@ def record_version(registry: Registry, release: Release, tags: dict[str, str], a
     client = registry.client
     with explained(registry, f"Version {release.version} of '{release.name}'"):
         for key, value in tags.items():
-            client.set_model_version_tag(release.name, release.version, key, value)
+            client.set_model_version_tag(release.name, release.version, registry.tag_key(key), value)
         client.set_registered_model_alias(release.name, alias, release.version)
     return [f"{release.name} version {release.version}: {len(tags)} tags, alias {alias}"]
 

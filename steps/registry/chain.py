@@ -126,7 +126,7 @@ def _mlflow_links(chain: Chain, registry: Registry, uri: ModelUri) -> dict[str, 
         found = registry.client.get_model_version(model.name, model.version)
         facts = {"registry": registry.registry_uri, "aliases": list(found.aliases), "source": model.source}
         chain.links.append(Link("model version", f"{model.name}/{model.version}", facts))
-    prefix = registry.tag_key("mla.")
+    prefix = registry.tag_key("mla.") if model.version else "mla."
     tags = model.tags if model.version else run_tags
     return {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
 
