@@ -13,7 +13,7 @@ import uuid
 from typing import Any
 
 from pipelines.sandbox.backends import Backends, NoSuchObject, parse_s3_uri
-from pipelines.sandbox.endpoints import Endpoint
+from pipelines.sandbox.endpoint import Endpoint
 from pipelines.sandbox.fleets import Spread, Variant
 
 

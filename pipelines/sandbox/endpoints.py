@@ -10,76 +10,15 @@ from pipelines.sandbox.api import Account, Tags, created_within, now, ordered, p
 from pipelines.sandbox.backends import Backends
 from pipelines.sandbox.containers import ContainerFailure, Runtime
 from pipelines.sandbox.deployment import Plan, RolledBack, Watch, plan
+from pipelines.sandbox.endpoint import Endpoint
 from pipelines.sandbox.errors import invalid
-from pipelines.sandbox.fleets import Fleet, Spread, Variant, next_number
+from pipelines.sandbox.fleets import Fleet, next_number
 from pipelines.sandbox.models import EndpointConfigs, Models
 from pipelines.sandbox.serving import Replica
 
 MAX_REASON = 1024
 _BUSY = ("Creating", "Updating", "RollingBack", "Deleting")
 _SUMMARY = ("EndpointName", "EndpointArn", "CreationTime", "LastModifiedTime", "EndpointStatus")
-
-
-class Endpoint:
-    """One endpoint.
-
-    Attributes:
-        record: as DescribeEndpoint answers it, without what the fleets add.
-        fleet: serves; None until the first is healthy.
-        pending: the new fleet during an update, with ``share`` of the traffic.
-        phase: what the pending fleet is doing: Creating, ActivatingTraffic or Baking.
-    """
-
-    def __init__(self, record: dict[str, Any]) -> None:
-        self.record = record
-        self.fleet: Fleet | None = None
-        self.pending: Fleet | None = None
-        self.share = 0.0
-        self.phase = "Creating"
-        self.since = now()
-        self.settled = threading.Event()
-        self.cancelled = threading.Event()
-        self._spread = Spread()
-
-    @property
-    def status(self) -> str:
-        """EndpointStatus."""
-        return str(self.record["EndpointStatus"])
-
-    def pick(self, variant: str | None) -> Variant:
-        """The variant that answers the next request.
-
-        Raises:
-            LookupError: nothing serves, or there is no such variant.
-        """
-        fleets = [
-            (f, w) for f, w in ((self.fleet, 1 - self.share), (self.pending, self.share)) if f and w > 0
-        ]
-        if not fleets:
-            raise LookupError("no fleet serves")
-        return fleets[self._spread.next([w for _, w in fleets])][0].pick(variant)
-
-    def describe(self) -> dict[str, Any]:
-        """DescribeEndpoint's answer."""
-        found = dict(self.record)
-        if self.fleet:
-            found["ProductionVariants"] = [v.summary(None, self.since) for v in self.fleet.variants]
-            capture = self.fleet.config.get("DataCaptureConfig")
-            if capture:
-                found["DataCaptureConfig"] = {
-                    "EnableCapture": capture.get("EnableCapture", False),
-                    "CaptureStatus": "Started" if capture.get("EnableCapture") else "Stopped",
-                    "CurrentSamplingPercentage": capture["InitialSamplingPercentage"],
-                    "DestinationS3Uri": capture["DestinationS3Uri"],
-                    "KmsKeyId": capture.get("KmsKeyId", ""),
-                }
-        if self.pending:
-            found["PendingDeploymentSummary"] = {
-                "EndpointConfigName": self.pending.name,
-                "ProductionVariants": [v.summary(self.phase, self.since) for v in self.pending.variants],
-                "StartTime": self.since,
-            }
-        return found
 
 
 class Endpoints:
@@ -177,6 +116,9 @@ class Endpoints:
             instances = sum(v["InitialInstanceCount"] for v in config["ProductionVariants"])
             how = plan(wanted, instances, self._backends.alarm_states)
             endpoint.pending = self._fleet(params["EndpointName"], config)
+            if params.get("RetainAllVariantProperties") and endpoint.fleet:
+                dropped = params.get("ExcludeRetainedVariantProperties", [])
+                endpoint.pending.retain(endpoint.fleet, {p["VariantPropertyType"] for p in dropped})
             endpoint.settled.clear()
             endpoint.share, endpoint.phase, endpoint.since = 0.0, "Creating", now()
             endpoint.record |= {"EndpointStatus": "Updating", "LastModifiedTime": now()}

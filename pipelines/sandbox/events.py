@@ -198,6 +198,30 @@ def execution_event(record: dict[str, Any], previous: str) -> dict[str, Any]:
     return detail
 
 
+def step_event(execution: dict[str, Any], kind: str, step: dict[str, Any], previous: str) -> dict[str, Any]:
+    """Detail of ``SageMaker Model Building Pipeline Execution Step Status Change``."""
+    metadata = {_lower(k): {_lower(m): v for m, v in d.items()} for k, d in step.get("Metadata", {}).items()}
+    detail = {
+        "metadata": metadata,
+        "stepName": step["StepName"],
+        "stepType": kind,
+        "stepStartTime": iso_time(step["StartTime"]),
+        "previousStepStatus": previous or None,
+        "currentStepStatus": step["StepStatus"],
+        "pipelineArn": execution["PipelineArn"],
+        "pipelineExecutionArn": execution["PipelineExecutionArn"],
+    }
+    if "EndTime" in step:
+        detail["stepEndTime"] = iso_time(step["EndTime"])
+    if "FailureReason" in step:
+        detail["failureReason"] = step["FailureReason"]
+    return detail
+
+
+def _lower(name: str) -> str:
+    return name[:1].lower() + name[1:]
+
+
 def endpoint_event(description: dict[str, Any]) -> dict[str, Any]:
     """Detail of ``SageMaker Endpoint State Change``: status in upper case, times in milliseconds."""
     words = "".join(f"_{c}" if c.isupper() else c for c in description["EndpointStatus"]).strip("_").upper()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import string
 import threading
@@ -15,7 +16,7 @@ from pipelines.sandbox.errors import conflict, invalid, not_emulated, not_found
 from pipelines.sandbox.parameters import start_parameters
 from pipelines.sandbox.pipelines import Pipelines
 
-TERMINAL = ("Succeeded", "Failed", "Stopped", "CompletedWithFailures")
+_log = logging.getLogger(__name__)
 MAX_REASON = 1024
 
 
@@ -208,7 +209,15 @@ class Executions:
     def _launch(self, execution: Execution, previous: str) -> None:
         self._notify(execution, previous)
         name = f"execution-{execution.identifier}"
-        threading.Thread(target=self._run, args=(execution,), name=name, daemon=True).start()
+        threading.Thread(target=self._run_guarded, args=(execution,), name=name, daemon=True).start()
+
+    def _run_guarded(self, execution: Execution) -> None:
+        try:
+            self._run(execution)
+        except Exception as error:  # a fault of the sandbox itself must still end the execution, and say so
+            _log.exception("execution %s", execution.arn)
+            reason = f"InternalServerError: the sandbox failed: {type(error).__name__}: {error}"
+            self.set_status(execution, "Failed", reason)
 
     def _retry(self, params: dict[str, Any]) -> dict[str, Any]:
         execution = self._find(params)

@@ -81,6 +81,15 @@ class Fleet:
         """Instances of all variants."""
         return sum(v.instances for v in self.variants)
 
+    def retain(self, other: Fleet, dropped: set[str]) -> None:
+        """Take over weights and instance counts of the other fleet's variants, but for the ``dropped``."""
+        known = {v.name: v for v in other.variants}
+        for variant in self.variants:
+            if variant.name in known and "DesiredWeight" not in dropped:
+                variant.weight = known[variant.name].weight
+            if variant.name in known and "DesiredInstanceCount" not in dropped:
+                variant.instances = known[variant.name].instances
+
     def start(self, startup_s: float | None, cancelled: threading.Event) -> None:
         """Start every variant and wait until all are healthy.
 

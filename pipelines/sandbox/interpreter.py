@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from pipelines.sandbox.api import now
@@ -85,12 +86,19 @@ class Interpreter:
     Args:
         steps: what a step of each type does.
         executions: where the status is kept and earlier executions are found.
+        on_step: told of a step's type, record and previous status when it starts and when it ends.
     """
 
     def __init__(
-        self, execution: Execution, steps: Steps, executions: Executions, backends: Backends
+        self,
+        execution: Execution,
+        steps: Steps,
+        executions: Executions,
+        backends: Backends,
+        on_step: Callable[[Execution, str, dict[str, Any], str], None],
     ) -> None:
         self._execution, self._steps, self._executions = execution, steps, executions
+        self._on_step = on_step
         self._nodes = graph(json.loads(execution.definition))
         self._scope = ExecutionScope(execution, self._nodes, backends)
         self._running: dict[str, Running] = {}
@@ -128,6 +136,7 @@ class Interpreter:
                     record[f"Step{member}"] = node.step[member]
             state = self._execution.steps[name] = StepState(record)
             running = self._running[name] = Running(state, self._execution)
+            self._on_step(self._execution, node.step["Type"], dict(record), "")
             thread_name = f"step-{name}-{self._execution.identifier}"
             threading.Thread(
                 target=self._run_step, args=(node, running), name=thread_name, daemon=True
@@ -155,6 +164,7 @@ class Interpreter:
         except Exception as error:  # a fault of the sandbox itself must end the step, and say so
             failure = f"InternalServerError: the sandbox failed: {type(error).__name__}: {error}"
         with self._execution.changed:
+            previous = state.status
             state.record["EndTime"] = now()
             if failure is None:
                 state.record["StepStatus"] = "Succeeded"
@@ -162,6 +172,7 @@ class Interpreter:
                 state.record["StepStatus"] = "Stopped"
             else:
                 state.record |= {"StepStatus": "Failed", "FailureReason": failure[:MAX_REASON]}
+            self._on_step(self._execution, node.step["Type"], dict(state.record), previous)
             del self._running[node.name]
             self._execution.changed.notify_all()
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipelines.sandbox.api import Account
-from pipelines.sandbox.endpoints import Endpoint, Endpoints
+from pipelines.sandbox.endpoint import Endpoint
+from pipelines.sandbox.endpoints import Endpoints
 from pipelines.sandbox.errors import ServiceError
 from pipelines.sandbox.fleets import Variant
 

@@ -97,6 +97,11 @@ class ProcessingJobs:
         job.ended.wait()
         return dict(job.record)
 
+    def join(self, timeout_s: float) -> None:
+        """Wait for every job to have been recorded as ended (the sandbox is going down)."""
+        for job in list(self._jobs.values()):
+            job.ended.wait(timeout_s)
+
     def stop(self, params: dict[str, Any]) -> None:
         """StopProcessingJob: SIGTERM, later SIGKILL; the status is Stopping until it has ended."""
         job = self._job(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -18,7 +19,13 @@ from pipelines.sandbox.backends import Backends
 from pipelines.sandbox.capture import Capture
 from pipelines.sandbox.containers import Runtime
 from pipelines.sandbox.endpoints import Endpoints
-from pipelines.sandbox.events import Events, endpoint_event, execution_event, model_package_event
+from pipelines.sandbox.events import (
+    Events,
+    endpoint_event,
+    execution_event,
+    model_package_event,
+    step_event,
+)
 from pipelines.sandbox.executions import Execution, Executions
 from pipelines.sandbox.front import Answer, Front
 from pipelines.sandbox.interpreter import Interpreter
@@ -33,6 +40,7 @@ from pipelines.sandbox.registry import Registry
 from pipelines.sandbox.steps import Steps
 
 HOST = "127.0.0.1"
+_SCRATCH = ("objects", "jobs", "endpoints")  # folders below state_dir
 SERVE_COMMAND = (sys.executable, "-m", "container.serving")
 REPOSITORY = Path(__file__).resolve().parents[2]
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "sandbox", "AWS_SECRET_ACCESS_KEY": "sandbox"}
@@ -129,11 +137,17 @@ class Sandbox:
         self._executions.stop_all()
         self._endpoints.cancel_all()
         self._children.close(self._grace_s)
+        self._jobs.join(self._grace_s)
         self.events.close()
         self._server.shutdown()
         self._server.server_close()
         self._server = None
+        self._clear_scratch()
         _running.release()
+
+    def _clear_scratch(self) -> None:
+        for part in _SCRATCH:
+            shutil.rmtree(self._state_dir / part, ignore_errors=True)
 
     def _build(self) -> None:
         # moto keeps an object below this size in memory, a larger one in a temporary file
@@ -142,6 +156,7 @@ class Sandbox:
 
         api, tags, backends = Api(self.account), Tags(), Backends(self.account)
         backends.reset()
+        self._clear_scratch()  # of a sandbox that was killed
         moto = DomainDispatcherApplication(create_backend_app)
         front = Front(api, moto, self._invoke, self._put_events)
         server = _make_server(self._port, front)
@@ -171,16 +186,25 @@ class Sandbox:
             account, runtime, models, configs, tags, self._serve_command, self._startup_s, self._on_endpoint
         )
         self._invocations = Invocations(account, self._endpoints, Capture(backends))
-        jobs = ProcessingJobs(account, runtime, tags)
+        self._jobs = ProcessingJobs(account, runtime, tags)
         pipelines = Pipelines(account, backends, tags)
-        steps = Steps(api, jobs.wait, self._endpoints.wait)
+        steps = Steps(api, self._jobs.wait, self._endpoints.wait)
         self._executions = Executions(
             account,
             pipelines,
-            lambda execution: Interpreter(execution, steps, self._executions, backends).run(),
+            lambda execution: Interpreter(execution, steps, self._executions, backends, self._on_step).run(),
             self._on_execution,
         )
-        for part in (tags, jobs, pipelines, self._executions, registry, models, configs, self._endpoints):
+        for part in (
+            tags,
+            self._jobs,
+            pipelines,
+            self._executions,
+            registry,
+            models,
+            configs,
+            self._endpoints,
+        ):
             api.register(part.actions())
 
     def _invoke(self, name: str, body: bytes, headers: dict[str, str], stream: bool) -> Answer:
@@ -201,6 +225,11 @@ class Sandbox:
     def _on_execution(self, execution: Execution, previous: str) -> None:
         detail = execution_event(execution.record, previous)
         self.events.emit("SageMaker Model Building Pipeline Execution Status Change", detail, execution.arn)
+
+    def _on_step(self, execution: Execution, kind: str, record: dict[str, Any], previous: str) -> None:
+        detail = step_event(execution.record, kind, record, previous)
+        title = "SageMaker Model Building Pipeline Execution Step Status Change"
+        self.events.emit(title, detail, execution.arn)
 
     def _on_package(self, record: dict[str, Any]) -> None:
         detail = model_package_event(record)

@@ -150,6 +150,30 @@ def test_put_events_reaches_pipelines_queues_and_says_what_is_wrong(aws: Aws, na
     assert message == 'it is {"b c": "x"}'
 
 
+def test_a_failed_step_announces_itself_with_its_reason(aws: Aws, name: str) -> None:
+    aws.create(name, [aws.script("Bad", "raise SystemExit(1)")])
+    events, sns, sqs = aws.client("events"), aws.client("sns"), aws.client("sqs")
+    queue = sqs.create_queue(QueueName=name)["QueueUrl"]
+    queue_arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"][
+        "QueueArn"
+    ]
+    topic = sns.create_topic(Name=name)["TopicArn"]
+    sns.subscribe(TopicArn=topic, Protocol="sqs", Endpoint=queue_arn)
+    pattern = {
+        "detail-type": ["SageMaker Model Building Pipeline Execution Step Status Change"],
+        "detail": {"currentStepStatus": ["Failed"], "stepName": ["Bad"]},
+    }
+    events.put_rule(Name=name, EventPattern=json.dumps(pattern))
+    paths = {"step": "$.detail.stepName", "why": "$.detail.failureReason"}
+    transformer = {"InputPathsMap": paths, "InputTemplate": '"<step> failed: <why>"'}
+    events.put_targets(Rule=name, Targets=[{"Id": "1", "Arn": topic, "InputTransformer": transformer}])
+    aws.run(name)
+    body = json.loads(sqs.receive_message(QueueUrl=queue, WaitTimeSeconds=2)["Messages"][0]["Body"])
+    expected = "Bad failed: AlgorithmError: See job logs for more information, exit code: 1"
+    assert body["Message"] == expected
+    events.remove_targets(Rule=name, Ids=["1"])
+
+
 def test_executions_announce_their_status(aws: Aws, name: str) -> None:
     aws.create(name, [aws.script("Bad", "raise SystemExit(1)")])
     events, sqs = aws.client("events"), aws.client("sqs")
