@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
-
 from pipelines import sdk
 from pipelines.sdk import Builder, output_uri
 from pipelines.settings import Settings
@@ -55,15 +53,23 @@ def deploy_production(build: Builder, package: ProcessingStep) -> ProcessingStep
             "--instance-count": build.p.EndpointInstanceCount,
             "--role-arn": settings.role_of("endpoint"),
         },
-        # One argument holds 256 characters, so the option comes in parts.
-        repeated={"--deployment": [_json(settings.deployment), _json(settings.endpoint)]},
+        repeated={"--deployment": deployment_parts(settings)},
         inputs={"package": output_uri(package, "package")},
         outputs=("deployment",),
     )
 
 
-def _json(part: BaseModel) -> str:
-    return json.dumps(part.model_dump(exclude_none=True), separators=(",", ":"))
+def deployment_parts(settings: Settings) -> list[str]:
+    """The values of --deployment: JSON objects, in parts because one argument holds 256 characters."""
+    parts = [
+        settings.deployment.model_dump(exclude_none=True),
+        settings.endpoint.model_dump(exclude_none=True),
+    ]
+    if settings.network:
+        parts.append({"network": settings.network.model_dump(include={"subnets", "security_group_ids"})})
+    if settings.kms_key:
+        parts.append({"kms_key": settings.kms_key})
+    return [json.dumps(part, separators=(",", ":")) for part in parts]
 
 
 def record_promotion(build: Builder, package: ProcessingStep, deployment: ProcessingStep) -> ProcessingStep:

@@ -5,6 +5,7 @@ Nothing here knows whether AWS_ENDPOINT_URL points to the sandbox or is unset.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,12 @@ _CONTROL = Config(retries={"mode": "standard", "total_max_attempts": 6})
 def client(service: str) -> Any:
     """A boto3 client of `service`. Raises StepError when no region is set."""
     try:
-        return boto3.client(service, config=_RUNTIME if service == "sagemaker-runtime" else _CONTROL)
+        return boto3.client(
+            service,
+            # SageMaker tells its containers AWS_REGION, which boto3 does not read.
+            region_name=os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION"),
+            config=_RUNTIME if service == "sagemaker-runtime" else _CONTROL,
+        )
     except NoRegionError:
         raise StepError(
             f"No AWS region for {service}.", "Set AWS_DEFAULT_REGION in the step's Environment."

@@ -27,6 +27,11 @@ from steps.job import Job, StepError, log, run
 
 VARIANT = "AllTraffic"
 GRACE_SECONDS = 900  # the service ends an update at its own time limit; rolling back then takes a while
+# Families whose disk is in the instance and encrypted by its hardware: CreateEndpointConfig refuses a key there.
+LOCAL_DISK = frozenset(
+    "c5d c6gd c6id c7gd c8gd g4dn g5 g6 g6e gr6 m5d m6gd m6id m7gd m8gd p3dn p4d p4de p5 p5e p5en p6-b200 "
+    "r5d r6gd r6id r7gd r8gd trn1 trn1n trn2".split()
+)
 RACES = 5  # AWS delivers one approval several times; each delivery starts an execution
 
 
@@ -39,20 +44,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deployment", action="append", default=[], help="JSON object; may be repeated; see Deployment"
     )
-
-
-class _Merge(argparse.Action):
-    """Option given several times: keys add up. One argument of a job holds 256 characters at most."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        given = {name: getattr(values, name) for name in values.model_fields_set}
-        setattr(namespace, self.dest, getattr(namespace, self.dest).model_copy(update=given))
 
 
 def main(job: Job) -> None:
@@ -123,7 +114,10 @@ def ensure_endpoint_config(
         "InitialInstanceCount": instance_count,
         "InitialVariantWeight": 1.0,
     }
-    encryption = {"KmsKeyId": deployment.kms_key} if deployment.kms_key else {}
+    own_disk = instance_type.split(".")[1] in LOCAL_DISK
+    if deployment.kms_key and own_disk:
+        log.info("the disk of %s is encrypted by the instance itself: no key is asked for", instance_type)
+    encryption = {"KmsKeyId": deployment.kms_key} if deployment.kms_key and not own_disk else {}
     name = derived_name(model.rpartition("-")[0], json.dumps([variant, encryption], sort_keys=True))
     _create(
         sagemaker.create_endpoint_config,

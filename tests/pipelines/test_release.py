@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -129,6 +130,25 @@ def test_network_keys_and_cache_reach_the_steps() -> None:
     environment = found["CompileKernel"]["Arguments"]["Environment"]
     assert environment["MLA_INSTANCE_TYPE"] == {"Get": "Parameters.ProcessingInstanceType"}
     assert environment["MLA_SOURCE_SHA256"] == kernel_sources_sha256()
+
+
+def test_network_and_key_reach_the_production_endpoint() -> None:
+    from pipelines import production
+    from steps.deployment import Deployment
+
+    settings = Settings.load("production")
+    assert settings.network
+    step = steps(production.get_pipeline(settings).definition())["DeployProduction"]
+    arguments = step["Arguments"]["AppSpecification"]["ContainerArguments"]
+    parts = [value for option, value in itertools.pairwise(arguments) if option == "--deployment"]
+    assert all(len(part) <= 256 for part in parts)
+    deployment = Deployment.parse(parts)
+    assert deployment.network
+    assert deployment.network.subnets == settings.network.subnets
+    assert deployment.network.security_group_ids == settings.network.security_group_ids
+    assert deployment.kms_key == settings.kms_key
+    assert deployment.alarms == settings.deployment.alarms
+    assert Deployment.parse(production.deployment_parts(Settings.load("local"))).network is None
 
 
 def test_each_step_can_have_a_role_of_its_own(settings: Settings) -> None:

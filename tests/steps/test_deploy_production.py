@@ -309,3 +309,15 @@ def test_derived_names_depend_on_all_content_and_fit():
     }
     assert len(names) == 2
     assert all(len(name) <= 63 for name in names)
+
+
+@pytest.mark.parametrize(("instance", "asked"), [("ml.c7i.xlarge", True), ("ml.p5.4xlarge", False)])
+def test_a_key_is_asked_for_only_where_the_service_takes_one(service, instance, asked):
+    policy = deployment.Deployment(kms_key="arn:aws:kms:us-east-1:123456789012:key/k")
+    request = {"EndpointConfigName": ANY, "ProductionVariants": ANY}
+    service.stubber.add_response(
+        "create_endpoint_config",
+        {"EndpointConfigArn": "arn:aws:sagemaker:us-east-1:123456789012:endpoint-config/c"},
+        request | ({"KmsKeyId": policy.kms_key} if asked else {}),
+    )
+    deploy_production.ensure_endpoint_config(aws.client("sagemaker"), MODEL, instance, 1, policy)
