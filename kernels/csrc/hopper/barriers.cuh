@@ -10,10 +10,8 @@ namespace mla_hopper {
 constexpr int kWeightsReady = 1;   // named barriers; 0 is __syncthreads, 4 the merge's
 constexpr int kWeightsFree = 2;
 constexpr int kInverseReady = 3;
-constexpr int kStoredBarrier = 5;  // and 6: the threads of one consumer warpgroup
-constexpr int kLeftBarrier = 7;    // the threads of warpgroup 0
-constexpr int kScoresDone = 8;
-constexpr int kRawRead = 9;        // the threads that unpack
+constexpr int kStoredBarrier = 5;  // and 6: the threads of one value warpgroup
+constexpr int kRawRead = 7;        // the threads that unpack
 
 template <typename L>
 struct Barriers {
@@ -40,6 +38,12 @@ __device__ __forceinline__ void init_barriers(const Barriers<L>& barriers) {
   mbarrier_init(barriers.query_empty(), 4);
   for (int slot = 0; slot < L::kRawSlots; ++slot) mbarrier_init(barriers.raw_full(slot), 1);
   mbarrier_init_fence();
+}
+
+// A consumer warp is done with a piece.
+template <typename L>
+__device__ __forceinline__ void release(const Barriers<L>& barriers, uint32_t stage, int piece, int lane) {
+  if (lane == 0) mbarrier_arrive(barriers.empty(stage, piece));
 }
 
 }  // namespace mla_hopper

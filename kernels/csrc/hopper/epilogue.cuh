@@ -52,65 +52,51 @@ __device__ __forceinline__ void store_lse(const Params& params, const RowTable& 
       sum == 0.f ? INFINITY : (maximum + __log2f(sum)) * kLn2;
 }
 
-// A quad of lanes holds 8 columns as 4 words for each of 4 chunks; afterwards lane i of it holds all of chunk i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int lane) {
-  const bool odd = lane & 1;
-  const bool high = lane & 2;
-  const uint32_t keep0 = odd ? word[1] : word[0], keep1 = odd ? word[3] : word[2];
-  const uint32_t got0 = __shfl_xor_sync(0xFFFFFFFFu, odd ? word[0] : word[1], 1);
-  const uint32_t got1 = __shfl_xor_sync(0xFFFFFFFFu, odd ? word[2] : word[3], 1);
-  // Now (even word, odd word) of chunk (lane & 1) and of chunk 2 + (lane & 1).
-  const uint32_t a0 = odd ? got0 : keep0, a1 = odd ? keep0 : got0;
-  const uint32_t b0 = odd ? got1 : keep1, b1 = odd ? keep1 : got1;
-  const uint32_t keep_x = high ? b0 : a0, keep_y = high ? b1 : a1;
-  const uint32_t got_x = __shfl_xor_sync(0xFFFFFFFFu, high ? a0 : b0, 2);
-  const uint32_t got_y = __shfl_xor_sync(0xFFFFFFFFu, high ? a1 : b1, 2);
-  word[0] = high ? got_x : keep_x;
-  word[1] = high ? got_y : keep_y;
-  word[2] = high ? keep_x : got_x;
-  word[3] = high ? keep_y : got_y;
-}
-
-// Four chunks of 8 columns from `column` on of rows `row` and `row + 8`, as fragments: lane holds 2 columns of each.
+// First elements of output rows `row` and `row + 8` of an item, nullptr past the last row.
 template <typename T>
-__device__ __forceinline__ void store_chunks(const RowTable& table, T* item_out, int row, int column, int lane,
-                                             const float4 (&value)[4]) {
+struct RowPair {
+  T* row[2];
+  __device__ __forceinline__ RowPair(const Params& params, const RowTable& table, int item, int first) {
+    T* item_out = static_cast<T*>(params.out) + item * params.out_stride_batch;
 #pragma unroll
-  for (int upper = 0; upper < 2; ++upper) {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      word[i] = upper ? pack(value[i].z, value[i].w, T()) : pack(value[i].x, value[i].y, T());
-    }
-    transpose_quad(word, lane);
-    const int64_t offset = table.out[row + 8 * upper];
-    if (offset >= 0) {
-      *reinterpret_cast<uint4*>(item_out + offset + column + 8 * (lane & 3)) =
-          make_uint4(word[0], word[1], word[2], word[3]);
+    for (int i = 0; i < 2; ++i) {
+      const int64_t offset = table.out[first + 8 * i];
+      row[i] = offset < 0 ? nullptr : item_out + offset;
     }
   }
-}
 
-template <typename T>
-__device__ __forceinline__ T* item_output(const Params& params, int item) {
-  return static_cast<T*>(params.out) + item * params.out_stride_batch;
-}
+  // Two chunks of 8 columns from `column` on, as accumulator fragments: a lane holds columns 2 (lane % 4) and the next of
+  // each, for both rows. Neighbouring lanes trade, so that each stores 4 columns and a quad 32 bytes.
+  __device__ __forceinline__ void store(int column, int lane, const float4& first, const float4& second) const {
+    const bool odd = lane & 1;
+    column += 8 * odd + 2 * (lane & 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t a = i ? pack(first.z, first.w, T()) : pack(first.x, first.y, T());
+      const uint32_t b = i ? pack(second.z, second.w, T()) : pack(second.x, second.y, T());
+      const uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, odd ? a : b, 1);
+      if (row[i] != nullptr) {
+        *reinterpret_cast<uint2*>(row[i] + column) = odd ? make_uint2(got, b) : make_uint2(a, got);
+      }
+    }
+  }
+};
 
 // Stores this thread's share of a finished tile: scale[0] for row `row`, scale[1] for row + 8.
 template <typename T>
 __device__ __forceinline__ void store_output(const Params& params, const RowTable& table, int item, int warp, int row,
                                              int half, int lane, const float (&o)[128], const float (&scale)[2]) {
   if (warp >= params.row_groups) return;
-  T* item_out = item_output<T>(params, item);
+  const RowPair<T> rows(params, table, item, row);
 #pragma unroll
-  for (int chunk = 0; chunk < 32; chunk += 4) {
-    float4 value[4];
+  for (int chunk = 0; chunk < 32; chunk += 2) {
+    float4 value[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       const int base = 4 * (chunk + i);
       value[i] = make_float4(o[base] * scale[0], o[base + 1] * scale[0], o[base + 2] * scale[1], o[base + 3] * scale[1]);
     }
-    store_chunks(table, item_out, row, half * 256 + 8 * chunk, lane, value);
+    rows.store(half * 256 + 8 * chunk, lane, value[0], value[1]);
   }
 }
 
@@ -136,7 +122,8 @@ __device__ __forceinline__ void store_empty_item(const Params& params, const Row
     const int column = index % (kLatent / 8);
     const int64_t offset = table.out[row];
     if (offset < 0) break;
-    reinterpret_cast<uint4*>(item_output<T>(params, item) + offset)[column] = make_uint4(0, 0, 0, 0);
+    T* destination = static_cast<T*>(params.out) + item * params.out_stride_batch + offset;
+    reinterpret_cast<uint4*>(destination)[column] = make_uint4(0, 0, 0, 0);
     if (column == 0) store_lse(params, table, item, row, 0.f, 0.f);
   }
 }

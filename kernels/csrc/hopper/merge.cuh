@@ -27,18 +27,28 @@ struct Split {
 __device__ __forceinline__ void part_weights(const Params& params, const RowTable& table, const Split& split, int thread,
                                              float* weights) {
   const int rows = params.row_groups * 16;
+  float* sums = weights + split.parts * kWeightStride;  // [parts, kWeightStride] again
+  {
+    const int stride = kMergeThreads / rows;  // parts read at once, each by `rows` neighbouring threads
+    int part = thread / rows;
+    const int row = thread - part * rows;
+    if (part >= stride) part = split.parts;
+#pragma unroll 8
+    for (; part < split.parts; part += stride) {
+      const float2 stat = __ldcg(params.stats + (2 * (split.head + part * params.m_tiles) + (part == 0)) * 64 + row);
+      weights[part * kWeightStride + row] = stat.x;
+      sums[part * kWeightStride + row] = stat.y;
+    }
+  }
+  named_sync(kMergeBarrier, kMergeThreads);
   const int lanes = rows <= 16 ? 16 : (rows <= 32 ? 8 : 4);  // neighbouring lanes that share a row
   const int lane = thread & (lanes - 1);
   const int row = thread / lanes;
   if (row >= rows) return;  // whole warps
-  float* sums = weights + split.parts * kWeightStride;  // [parts, kWeightStride] again
   float maximum = -INFINITY;
-#pragma unroll 4
+#pragma unroll 1
   for (int part = lane; part < split.parts; part += lanes) {
-    const float2 stat = __ldcg(params.stats + (2 * (split.head + part * params.m_tiles) + (part == 0)) * 64 + row);
-    weights[part * kWeightStride + row] = stat.x;
-    sums[part * kWeightStride + row] = stat.y;
-    maximum = fmaxf(maximum, stat.x);
+    maximum = fmaxf(maximum, weights[part * kWeightStride + row]);
   }
 #pragma unroll
   for (int offset = 1; offset < 16; offset *= 2) {
@@ -174,7 +184,9 @@ __device__ __forceinline__ void merge(const Params& params, const RowTable& tabl
       }
     }
     if (active && member == 0) {
-      store_chunks(table, item_output<T>(params, split.item), row, unit % 16 * 32, lane, sum);
+      const RowPair<T> rows(params, table, split.item, row);
+      rows.store(unit % 16 * 32, lane, sum[0], sum[1]);
+      rows.store(unit % 16 * 32 + 16, lane, sum[2], sum[3]);
     }
   }
   MLA_TRACE(14);

@@ -255,16 +255,15 @@ Params kernel_params(const mla_decode_params& p, int ctas) {
   k.rows = p.s_q * p.h_q;
   k.m_tiles = query_tiles(p);
   k.groups = ctas / k.m_tiles;
-  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
-  k.stagger = p.kv_dtype != MLA_DTYPE_FP8_DS_MLA && tuned("MLA_HOPPER_STAGGER", k.m_tiles > 1);
-  k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 2);
   k.row_groups = row_groups(p);
+  k.most_parts = tuned("MLA_HOPPER_MOST_PARTS", k.row_groups == 1 ? 96 : (k.row_groups == 2 ? 48 : 24));
+  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
+  k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 4);
   k.causal = p.causal;
   k.max_length = static_cast<int>(std::min<int64_t>(int64_t(p.max_blocks_per_seq) * kTileTokens, 1 << 30));
   k.negative = p.softmax_scale < 0.f;
   // Never 0, so that a masked score of -inf stays one.
   k.scale_log2 = std::max(static_cast<float>(std::abs(double(p.softmax_scale)) * 1.4426950408889634), 1e-30f);
-  k.cache_policy = tuned("MLA_HOPPER_READ_ONCE", k.m_tiles == 1) ? kReadOnce : kNormal;
   if (p.kv_dtype == MLA_DTYPE_FP8_DS_MLA) {
     k.raw_cache = static_cast<const uint8_t*>(p.kv_cache);
     k.raw_stride = p.kv_stride_block;

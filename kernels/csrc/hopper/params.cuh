@@ -18,11 +18,11 @@ constexpr int kColumns = 64;             // elements of a 128-byte swizzled row
 constexpr int kSlabs = kDim / kColumns;  // [64 rows, 64 elements] slabs of a tile
 constexpr int kSlabBytes = 64 * kColumns * 2;
 constexpr int kTileBytes = kSlabs * kSlabBytes;
-constexpr int kThreads = 384;            // two consumer warpgroups and one of producers
+constexpr int kThreads = 512;            // warpgroups: scores, two of values, producers
 constexpr int kMaxCtas = 256;            // counters kept in the workspace
 
 // A stage is filled and emptied in three pieces, each as soon as its last reader is done with it: the rope slab (read
-// for the scores only) and the latent slabs whose values warpgroup 0 and warpgroup 1 read.
+// for the scores only) and the latent slabs whose values warpgroup 1 and warpgroup 2 read.
 constexpr int kPieces = 3;
 constexpr int kPieceRope = 0, kPieceLeft = 1, kPieceRight = 2;
 
@@ -60,14 +60,13 @@ struct Params {
   int m_tiles;     // CTAs of a group
   int groups;
   int min_tiles;   // smallest piece of the tile line a group takes
+  int most_parts;  // items of more tiles are not cut into single ones
   int split_cost;  // what splitting an item costs, in tiles
   int row_groups;  // 16-row groups kept in a partial result: ceil(min(rows, 64) / 16)
   int causal;
-  int stagger;     // warpgroup 1 works during warpgroup 0's softmax
   int max_length;  // tokens the block table can address
   float scale_log2;  // |softmax_scale| * log2(e), not 0
   int negative;      // softmax_scale < 0
-  uint64_t cache_policy;
   const uint8_t* raw_cache;  // fp8: the cache and the bytes from one page to the next
   int64_t raw_stride;
   const int32_t* block_table;
@@ -87,7 +86,7 @@ struct Params {
 
 #ifdef MLA_HOPPER_TRACE
 #define MLA_TRACE(i) \
-  if ((threadIdx.x & (threadIdx.x < 256 ? 511 : 31)) == 0) params.trace[blockIdx.x * 32 + (i)] = clock64()
+  if (threadIdx.x == 0 || threadIdx.x == 128 || threadIdx.x == 384) params.trace[blockIdx.x * 32 + (i)] = clock64()
 #else
 #define MLA_TRACE(i)
 #endif

@@ -81,13 +81,6 @@ __device__ __forceinline__ void add_release(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
 }
 
-// blockIdx.x, read anew where it is used rather than kept in a register.
-__device__ __forceinline__ int block_index() {
-  int index;
-  asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(index));
-  return index;
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

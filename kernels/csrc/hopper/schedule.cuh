@@ -39,10 +39,13 @@ class Schedule {
     longest = __reduce_max_sync(kAllLanes, longest);
     shortest = __reduce_min_sync(kAllLanes, shortest);
     has_empty_items = shortest == 0;
-    per_group_ = max((total + params.groups - 1) / params.groups, params.min_tiles);
+    total_ = total;
+    // Merging costs time for every part, so a long item is not cut into single tiles.
+    const int least = longest > params.most_parts ? max(2, params.min_tiles) : params.min_tiles;
+    per_group_ = max((total + params.groups - 1) / params.groups, least);
     if (params.batch <= params.groups) {
       // Enough groups to start every item at a group of its own: no CTA then has two parts to load, store and merge.
-      const int own = max((longest + params.groups / params.batch - 1) / (params.groups / params.batch), params.min_tiles);
+      const int own = max((longest + params.groups / params.batch - 1) / (params.groups / params.batch), least);
       aligned_ = own <= per_group_ + (own >= longest ? params.split_cost : 1);
       if (aligned_) per_group_ = own;
     } else if (shortest == longest) {
@@ -102,6 +105,11 @@ class Schedule {
     return max(0, min(params_.lengths[item], params_.max_length));
   }
 
+  // Tiles that one CTA alone reads, once, need no place in L2. When there are many, memory was faster without the hint.
+  __device__ __forceinline__ uint64_t cache_policy() const {
+    return params_.m_tiles == 1 && total_ <= 4096 ? kReadOnce : kNormal;
+  }
+
   bool has_empty_items;
 
  private:
@@ -122,6 +130,7 @@ class Schedule {
   int lane_length_ = 0;  // length of item chunk_ + lane
   int chunk_ = 0;
   bool aligned_ = false;
+  int total_;
   int per_group_;  // tiles of a group's piece
   int position_, end_;
   int item_, item_start_ = 0;

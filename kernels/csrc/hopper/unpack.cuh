@@ -14,7 +14,7 @@ namespace mla_hopper {
 class RawFeeder {
  public:
   __device__ __forceinline__ RawFeeder(const Params& params, const Schedule& schedule, int lane)
-      : params_(params), schedule_(schedule), lane_(lane) {
+      : params_(params), schedule_(schedule), policy_(schedule.cache_policy()), lane_(lane) {
     open_item();
   }
 
@@ -26,7 +26,7 @@ class RawFeeder {
       const uint32_t full = barriers.raw_full(slot_);
       mbarrier_expect(full, kRawBytes);
       bulk_copy(base + L::kRaw + slot_ * kRawBytes, params_.raw_cache + page * params_.raw_stride + quarter_ * kRawBytes,
-                kRawBytes, full, params_.cache_policy);
+                kRawBytes, full, policy_);
     }
     __syncwarp();
     slot_ = slot_ + 1 == L::kRawSlots ? 0 : slot_ + 1;
@@ -53,6 +53,7 @@ class RawFeeder {
 
   const Params& params_;
   Schedule schedule_;
+  uint64_t policy_;
   Work work_ = {};
   int lane_, tile_ = 0, quarter_ = 0, slot_ = 0, pages_ = 0;
   bool valid_ = false;

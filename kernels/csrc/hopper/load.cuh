@@ -1,0 +1,85 @@
+// The producer side for a 16-bit cache: bulk tensor copies of cache tiles and query rows.
+#ifndef MLA_HOPPER_LOAD_CUH_
+#define MLA_HOPPER_LOAD_CUH_
+
+#include "barriers.cuh"
+#include "schedule.cuh"
+
+namespace mla_hopper {
+
+// One warp feeds the cache tiles.
+template <typename L>
+__device__ __forceinline__ void load_cache(const Params& params, const CUtensorMap* map, Schedule& schedule,
+                                           const Barriers<L>& barriers, uint32_t cache, int lane) {
+  const uint64_t policy = schedule.cache_policy();
+  Work work;
+  uint32_t tile = 0;
+  while (schedule.next(work)) {
+    const int32_t* pages = params.block_table + work.item * params.block_table_stride;
+    for (int chunk = work.first; chunk < work.last; chunk += 32) {
+      const int mine = chunk + lane < work.last ? pages[chunk + lane] : 0;
+      const int count = min(32, work.last - chunk);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i, ++tile) {
+        const int page = __shfl_sync(kAllLanes, mine, i);
+        const uint32_t stage = tile % L::kStages;
+        const uint32_t parity = (tile / L::kStages & 1) ^ 1;
+#pragma unroll 1
+        for (int piece = 0; piece < kPieces; ++piece) {
+          // Rope is slab 8, left slabs 0..3, right slabs 4..7.
+          const int slab = piece == kPieceRope ? 8 : 4 * (piece - 1);
+          const int slabs = piece == kPieceRope ? 1 : 4;
+          mbarrier_wait(barriers.empty(stage, piece), parity);
+          if (tile == 0 && piece == 0) MLA_TRACE(20);
+          if (lane == 0) mbarrier_expect(barriers.full(stage, piece), slabs * kSlabBytes);
+          __syncwarp();
+          if (lane < slabs) {
+            tensor_copy(cache + stage * kTileBytes + (slab + lane) * kSlabBytes, map, barriers.full(stage, piece),
+                        (slab + lane) * kColumns, 0, page, policy);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The query rows of one item. Rows past the last one are zeros or, in row groups that do not exist, whatever shared
+// memory held: they reach no output. One warp.
+template <typename L>
+__device__ __forceinline__ void load_query(const Params& params, const CUtensorMap* map, const Barriers<L>& barriers,
+                                           uint32_t query, int item, int m_tile, int lane) {
+  if (lane == 0) mbarrier_expect(barriers.query_full(), kSlabs * params.row_groups * 16 * 128);
+  __syncwarp();
+  if (lane < kSlabs) {
+    tensor_copy(query + lane * L::kQuerySlabBytes, map, barriers.query_full(), lane * kColumns, m_tile * kTileRows, item,
+                kKeepInL2);
+  }
+}
+
+// Another warp feeds the query rows.
+template <typename L>
+__device__ __forceinline__ void load_queries(const Params& params, const CUtensorMap* map, Schedule& schedule,
+                                             const Barriers<L>& barriers, uint32_t query, int m_tile, int lane) {
+  Work work;
+  uint32_t count = 0;
+  while (schedule.next(work)) {
+    mbarrier_wait(barriers.query_empty(), (count & 1) ^ 1);
+    load_query(params, map, barriers, query, work.item, m_tile, lane);
+    ++count;
+  }
+}
+
+// Asks for the block table, so that it is in L2 by the time the schedule says which pages are wanted.
+__device__ __forceinline__ void prefetch_block_table(const Params& params, int lane) {
+  const int lines = max(1, (params.max_length / kTileTokens + 31) / 32);  // of 128 bytes in a row
+  const int index = blockIdx.x * 32 + lane;
+  const int item = index / lines;
+  if (item < params.batch) {
+    const int32_t* line = params.block_table + item * params.block_table_stride + index % lines * 32;
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line) : "memory");
+  }
+}
+
+}  // namespace mla_hopper
+
+#endif  // MLA_HOPPER_LOAD_CUH_
