@@ -335,22 +335,11 @@ def _ask(package: Package) -> str:
 
 
 def _print_summary(summary: Summary, display: Any) -> None:
-    from rich.panel import Panel
+    from pipelines.display import summary_lines
 
-    live = summary.production_endpoint or f"unchanged: version is {summary.approval}"
-    times = "  ".join(f"{name} {seconds:.1f}" for name, seconds in summary.seconds.items())
-    lines = [
-        f"staging     {summary.staging_endpoint}",
-        f"production  {live}",
-        f"package     {summary.model_package_arn}",
-        f"sentence    {json.dumps(summary.sentence)}" if summary.sentence else "",
-        f"seconds     {times}",
-        f"report      {summary.report}",
-        "",
-        "again       mla-pipeline run -p Workload=8x4096 -p MinSpeedup=1.5",
-        "keep it up  mla-pipeline sandbox, then upsert, start --wait, approve, invoke TEXT",
-    ]
-    display.console.print(Panel("\n".join(line for line in lines if line is not None), title="mla-pipeline"))
+    display.console.rule("summary")
+    for line in summary_lines(summary):
+        display.console.print(line, soft_wrap=True)
 
 
 @contextmanager

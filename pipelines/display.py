@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.service import Execution, Step
+
+if TYPE_CHECKING:
+    from pipelines.run import Summary
 
 STYLE = {"Succeeded": "green", "Failed": "red", "Stopped": "yellow", "Executing": "cyan", "Starting": "dim"}
 MARK = {"Succeeded": "✓", "Failed": "✗", "Stopped": "■"}
@@ -72,6 +77,26 @@ def summary_table(execution: Execution) -> Table:
             Text(step.name), Text(step.status, style=STYLE.get(step.status, "")), seconds, step.failure
         )
     return table
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """What a local run ends with: both endpoints, a sentence, the time of each step, what next."""
+    live = summary.production_endpoint or f"unchanged, the version is {summary.approval}"
+    times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in summary.seconds.items())
+    lines = [
+        f"staging     {summary.staging_endpoint}",
+        f"production  {live}",
+        f"package     {summary.model_package_arn}",
+        f"report      {summary.report}",
+        f"seconds     {times}",
+    ]
+    if summary.sentence:
+        lines.append(f"sentence    {json.dumps(summary.sentence, ensure_ascii=False)}")
+    return [
+        *lines,
+        "again       mla-pipeline run -p Workload=8x4096 -p MinSpeedup=1.5",
+        "by hand     mla-pipeline sandbox; in another terminal upsert, start --wait, approve, invoke TEXT",
+    ]
 
 
 def _row(step: Step) -> Text | Spinner:

@@ -1,0 +1,79 @@
+"""One sandbox, one MLflow server, one trained model and one release for all end-to-end tests of a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipelines import run, service, upsert
+from pipelines.aws import Aws
+from pipelines.display import Display
+from pipelines.local import Local
+from pipelines.run import Summary
+
+QUICK = {"KernelBackend": "cpu", "Workload": "1x256,2x64"}  # the same steps on fewer shapes
+TRAINING = ("--steps", "20")
+
+
+@dataclass
+class Chain:
+    """A running pair of servers, and the first release made on it."""
+
+    local: Local
+    aws: Aws
+    sdk: dict[str, Any]  # the SDK's pipelines by name
+    summary: Summary
+    before_decision: dict[str, Any]  # what was true while the version waited
+
+    @property
+    def release(self) -> str:
+        """Name of the release pipeline."""
+        return self.local.settings.names.release_pipeline
+
+    @property
+    def production(self) -> str:
+        """Name of the production pipeline."""
+        return self.local.settings.names.production_pipeline
+
+    def production_executions(self) -> list[dict[str, Any]]:
+        """All executions of the production pipeline so far."""
+        answer = self.aws.sagemaker.list_pipeline_executions(PipelineName=self.production)
+        return answer["PipelineExecutionSummaries"]
+
+    def packages(self) -> list[service.Package]:
+        """All registered versions."""
+        return service.packages(self.aws, self.local.settings.names.model_package_group)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """`mla-pipeline run` up to a decision, which is to reject."""
+    before = dict(os.environ)
+    try:
+        with Local(tmp_path_factory.mktemp("mla")) as local:
+            yield _first_release(local)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _first_release(local: Local) -> Chain:
+    aws = Aws(local.settings.region)
+    local.mlflow.wait_until_healthy()
+    run.train_demo(local, *TRAINING)
+    seen: dict[str, Any] = {}
+
+    def reject(package: service.Package) -> str:
+        names = local.settings.names
+        seen["status"] = package.status
+        seen["executions"] = aws.sagemaker.list_pipeline_executions(PipelineName=names.production_pipeline)
+        return "Rejected"
+
+    display = Display(Console(quiet=True))
+    summary = run.run(local, display, QUICK, reject)
+    return Chain(local, aws, upsert.render(local.settings), summary, seen)
