@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.sandbox import shapes
+from pipelines.sandbox.calls import CallLog
 from pipelines.sandbox.errors import ServiceError, invalid, not_emulated
 
 Action = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -36,6 +37,7 @@ class Api:
 
     account: Account
     actions: dict[str, Action] = field(default_factory=dict)
+    _note: Callable[[str, dict[str, Any]], None] = lambda action, params: None
 
     def register(self, actions: dict[str, Action]) -> None:
         """Add a component's actions; a name belongs to one component."""
@@ -44,6 +46,14 @@ class Api:
                 raise ValueError(f"two components answer {name}")
             self.actions[name] = action
 
+    def noting(self, calls: CallLog, caller: str) -> Api:
+        """The same actions for a caller inside the sandbox, whose calls are logged."""
+        return Api(
+            self.account,
+            self.actions,
+            lambda action, params: calls.add(caller, "sagemaker", action, params),
+        )
+
     def call(self, action: str, params: dict[str, Any]) -> dict[str, Any]:
         """Run one action.
 
@@ -51,6 +61,7 @@ class Api:
             ServiceError: what the service would answer; ``UnsupportedOperation`` names an action not
                 emulated.
         """
+        self._note(action, params)
         handler = self.actions.get(action)
         if handler is None:
             if not shapes.knows(action):

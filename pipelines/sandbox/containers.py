@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.sandbox.api import Account
-from pipelines.sandbox.backends import Backends, NoSuchObject
+from pipelines.sandbox.backends import Backends, NoSuchObject, parse_s3_uri
+from pipelines.sandbox.calls import CallLog
 from pipelines.sandbox.isolation import Isolation
 from pipelines.sandbox.logs import LogReader
 from pipelines.sandbox.objects import Objects
@@ -36,6 +37,7 @@ class Runtime:
         code: the working directory of every command, from which the repository's packages are imported.
         environment: variables every container gets, below its own.
         grace_s: seconds between SIGTERM and SIGKILL (SageMaker gives 30 to an endpoint, 120 to a job).
+        calls: what containers ask of AWS is noted here, file transfers included.
     """
 
     account: Account
@@ -47,6 +49,7 @@ class Runtime:
     code: Path
     environment: Mapping[str, str]
     grace_s: float
+    calls: CallLog
 
 
 class Container:
@@ -59,6 +62,7 @@ class Container:
 
     def __init__(self, runtime: Runtime, kind: str, name: str) -> None:
         self._runtime = runtime
+        self._caller = name if kind == "jobs" else "endpoint"
         self.folder = runtime.folder / kind / name
         self._root = self.folder / "ml"
         self._read_only: list[str] = []
@@ -87,6 +91,7 @@ class Container:
             raise ContainerFailure(f"ClientError: Failed to download {what} from {uri}: {error}") from None
         if count == 0:
             raise ContainerFailure(f"ClientError: No S3 objects found under S3 URL '{uri}' given in {what}.")
+        self._note("GetObject", inside, uri)
         self._read_only.append(inside.removeprefix(ML).rstrip("/"))
 
     def unpack(self, uri: str, inside: str, what: str) -> None:
@@ -106,6 +111,7 @@ class Container:
         Raises:
             ContainerFailure: the bucket does not exist.
         """
+        self._note("PutObject", inside, uri)
         try:
             self._runtime.objects.upload(self.path(inside), uri, kms_key_id)
         except (NoSuchObject, ValueError) as error:
@@ -133,6 +139,7 @@ class Container:
             "TMPDIR": str(self.folder / "tmp"),
             "PYTHONUNBUFFERED": "1",
             "LANG": "C.UTF-8",
+            "AWS_ACCESS_KEY_ID": self._caller,
         }
         variables = own | dict(self._runtime.environment) | dict(environment) | command.environment
         try:
@@ -140,6 +147,14 @@ class Container:
         except OSError as error:
             raise ContainerFailure(f"ClientError: Failed to run {' '.join(argv)}: {error}") from None
         self._log = LogReader(self._runtime.backends, self._child, group, stream)
+
+    def _note(self, operation: str, inside: str, uri: str) -> None:
+        """Log the transfer of a folder's files as the calls that the service makes with the container's role."""
+        bucket, prefix = parse_s3_uri(uri)
+        for path in self.path(inside).rglob("*"):
+            if path.is_file():
+                key = f"{prefix.rstrip('/')}/{path.relative_to(self.path(inside)).as_posix()}"
+                self._runtime.calls.add(self._caller, "s3", operation, {"Bucket": bucket, "Key": key})
 
     def exit_status(self) -> int | None:
         """Exit status of the command, None while it runs."""

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, unquote
 from xml.sax.saxutils import escape
 
 from pipelines.sandbox.api import Api
+from pipelines.sandbox.calls import CallLog
 from pipelines.sandbox.errors import ServiceError, not_emulated
 from pipelines.sandbox.iam import simulate
 
@@ -34,6 +35,7 @@ class Front:
         moto: the WSGI application for all other services.
         invoke: answers sagemaker-runtime.
         put_events: answers EventBridge's PutEvents (moto fails on pipeline targets).
+        calls: every signed request is noted here.
     """
 
     def __init__(
@@ -42,11 +44,14 @@ class Front:
         moto: Callable[..., Iterable[bytes]],
         invoke: Invoke | None = None,
         put_events: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        calls: CallLog | None = None,
     ) -> None:
         self._api, self._moto, self._invoke, self._put_events = api, moto, invoke, put_events
+        self._calls = calls or CallLog()
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """The WSGI call."""
+        self._calls.see(environ)
         route = self._route(environ)
         if route is None:
             return self._moto(environ, start_response)

@@ -87,7 +87,7 @@ class Objects:
         count = 0
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             key = "/".join(filter(None, (prefix.rstrip("/"), path.relative_to(folder).as_posix())))
-            stored = self._backends.put_object(bucket, key, path.read_bytes(), kms_key_id)
+            stored = self._backends.put_file(bucket, key, path, kms_key_id)
             kept = self._kept(stored)
             if not kept.exists() and not path.is_symlink():
                 os.replace(path, kept)

@@ -16,6 +16,7 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from pipelines.sandbox.api import Account, Api, Tags
 from pipelines.sandbox.backends import Backends
+from pipelines.sandbox.calls import EVENTS, PIPELINE, CallLog
 from pipelines.sandbox.capture import Capture
 from pipelines.sandbox.containers import Runtime
 from pipelines.sandbox.endpoints import Endpoints
@@ -43,7 +44,7 @@ HOST = "127.0.0.1"
 _SCRATCH = ("objects", "jobs", "endpoints")  # folders below state_dir
 SERVE_COMMAND = (sys.executable, "-m", "container.serving")
 REPOSITORY = Path(__file__).resolve().parents[2]
-_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "sandbox", "AWS_SECRET_ACCESS_KEY": "sandbox"}
+_SECRET = {"AWS_SECRET_ACCESS_KEY": "sandbox"}  # the key id is the container's own name
 _running = threading.Lock()
 
 
@@ -70,6 +71,7 @@ class Sandbox:
 
     Attributes:
         events: the event bus; ``events.copies = 2`` delivers every event twice.
+        calls: what was asked of this account, and by whom.
     """
 
     def __init__(
@@ -158,7 +160,8 @@ class Sandbox:
         backends.reset()
         self._clear_scratch()  # of a sandbox that was killed
         moto = DomainDispatcherApplication(create_backend_app)
-        front = Front(api, moto, self._invoke, self._put_events)
+        self.calls = CallLog()
+        front = Front(api, moto, self._invoke, self._put_events, self.calls)
         server = _make_server(self._port, front)
         self._children = Children()
         runtime = Runtime(
@@ -171,6 +174,7 @@ class Sandbox:
             code=self._code,
             environment=self._variables(server.socket.getsockname()[1]),
             grace_s=self._grace_s,
+            calls=self.calls,
         )
         self._wire(api, tags, runtime)
         self._server = server
@@ -178,7 +182,8 @@ class Sandbox:
 
     def _wire(self, api: Api, tags: Tags, runtime: Runtime) -> None:
         account, backends = self.account, runtime.backends
-        self.events = Events(account, backends, lambda params: api.call("StartPipelineExecution", params))
+        events, steps_api = api.noting(self.calls, EVENTS), api.noting(self.calls, PIPELINE)
+        self.events = Events(account, backends, lambda params: events.call("StartPipelineExecution", params))
         registry = Registry(account, tags, self._on_package)
         models = Models(account, backends, tags, registry.find)
         configs = EndpointConfigs(account, models, tags)
@@ -188,7 +193,7 @@ class Sandbox:
         self._invocations = Invocations(account, self._endpoints, Capture(backends))
         self._jobs = ProcessingJobs(account, runtime, tags)
         pipelines = Pipelines(account, backends, tags)
-        steps = Steps(api, self._jobs.wait, self._endpoints.wait)
+        steps = Steps(steps_api, self._jobs.wait, self._endpoints.wait)
         self._executions = Executions(
             account,
             pipelines,
@@ -220,7 +225,7 @@ class Sandbox:
             "AWS_DEFAULT_REGION": region,
             "AWS_REGION": region,
         }
-        return {**self._job_environment, **_CREDENTIALS, **own}
+        return {**self._job_environment, **_SECRET, **own}
 
     def _on_execution(self, execution: Execution, previous: str) -> None:
         detail = execution_event(execution.record, previous)

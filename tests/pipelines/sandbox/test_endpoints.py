@@ -171,19 +171,16 @@ def test_unhealthy_update_keeps_the_old_fleet(aws: Aws, name: str) -> None:
     assert who(aws, name) == old
 
 
-def test_deleted_endpoint_is_gone_and_its_process_too(aws: Aws, name: str) -> None:
-    create(aws, name, model(aws, name))
+def test_deleted_endpoint_is_gone_and_its_name_free(aws: Aws, name: str) -> None:
+    config = model(aws, name)
+    create(aws, name, config)
     aws.sagemaker.delete_endpoint(EndpointName=name)
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        if name not in [
-            e["EndpointName"] for e in aws.sagemaker.list_endpoints(NameContains=name)["Endpoints"]
-        ]:
-            break
-        assert aws.sagemaker.describe_endpoint(EndpointName=name)["EndpointStatus"] == "Deleting"
+    while aws.sagemaker.list_endpoints(NameContains=name)["Endpoints"] and time.monotonic() < deadline:
         time.sleep(0.05)
     with pytest.raises(ClientError, match="Could not find endpoint"):
         aws.sagemaker.describe_endpoint(EndpointName=name)
+    assert create(aws, name, config)["EndpointStatus"] == "InService"
 
 
 @pytest.mark.parametrize(

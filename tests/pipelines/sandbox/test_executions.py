@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import uuid
@@ -301,3 +302,15 @@ def wait_for_status(aws: Aws, execution: str, step: str, status: str) -> None:
             return
         time.sleep(0.05)
     raise TimeoutError(aws.steps(execution))
+
+
+def test_outputs_are_ordinary_objects(aws: Aws, name: str) -> None:
+    code = "open('/opt/ml/processing/output/o/f', 'wb').write(b'x' * 3_000_000)"
+    aws.create(name, [aws.script("Write", code, outputs=("o",))])
+    execution, _ = aws.run(name)
+    key = f"{execution['PipelineExecutionArn'].rsplit('/', 1)[-1]}/Write/o/f"
+    head = aws.s3.head_object(Bucket="artifacts", Key=key)
+    assert head["ContentLength"] == 3_000_000
+    assert head["ETag"] == f'"{hashlib.md5(b"x" * 3_000_000).hexdigest()}"'
+    part = aws.s3.get_object(Bucket="artifacts", Key=key, Range="bytes=10-19")["Body"].read()
+    assert part == b"x" * 10
