@@ -28,6 +28,7 @@ from pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from pipelines.sandbox import Sandbox
+    from pipelines.sandbox.calls import CallLog
 
 STATE = Path(".mla")
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "sandbox", "AWS_SECRET_ACCESS_KEY": "sandbox"}
@@ -187,6 +188,12 @@ class Local:
             self.__exit__(None, None, None)
             raise
         return self
+
+    @property
+    def calls(self) -> CallLog:
+        """What was asked of the sandbox's account, and by whom; only while it runs."""
+        assert self._sandbox
+        return self._sandbox.calls
 
     def _start_sandbox(self) -> None:
         from pipelines.sandbox import Sandbox

@@ -59,6 +59,11 @@ def _package(parameters: Parameters, arn: str) -> list[str]:
     return [str(parameters["ModelPackageName"])]
 
 
+def _new_package(parameters: Parameters, arn: str) -> list[str]:
+    group = parameters["ModelPackageGroupName"]
+    return [f"{arn}model-package-group/{group}", f"{arn}model-package/{group}/1"]
+
+
 def _model(parameters: Parameters, arn: str) -> list[str]:
     containers = [*parameters.get("Containers", ()), parameters.get("PrimaryContainer") or {}]
     packages = [str(one["ModelPackageName"]) for one in containers if "ModelPackageName" in one]
@@ -76,6 +81,8 @@ _SAGEMAKER: dict[str, Callable[[Parameters, str], list[str]]] = {
     "CreateEndpoint": _endpoint_and_config,
     "CreateEndpointConfig": _named("endpoint-config", "EndpointConfigName"),
     "CreateModel": _model,
+    "CreateModelPackage": _new_package,
+    "CreateProcessingJob": _named("processing-job", "ProcessingJobName"),
     "DescribeEndpoint": _named("endpoint", "EndpointName"),
     "DescribeEndpointConfig": _named("endpoint-config", "EndpointConfigName"),
     "DescribeModel": _named("model", "ModelName"),

@@ -19,13 +19,6 @@ NETWORK = CONFIG / "infrastructure" / "network.yaml"
 WATCHING = CONFIG / "infrastructure" / "watching.yaml"
 
 ACCOUNT, REGION = "111122223333", "us-east-1"
-PSEUDO = {
-    "AWS::AccountId": ACCOUNT,
-    "AWS::Partition": "aws",
-    "AWS::Region": REGION,
-    "AWS::URLSuffix": "amazonaws.com",
-    "AWS::StackName": "mla",
-}
 _NOTHING = object()  # AWS::NoValue: whatever holds it drops it
 
 
@@ -57,19 +50,36 @@ def load(path: Path = CORE) -> dict[str, Any]:
 
 
 class Stack:
-    """A template with parameters.
+    """A template with parameters, in an account and region.
 
+    names: logical id -> physical name of a resource, where it is not what the template says.
     `resources`: logical id -> resource whose condition holds, resolved; `outputs` alike. `roles`: step -> id.
     """
 
-    def __init__(self, template: Mapping[str, Any], parameters: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        template: Mapping[str, Any],
+        parameters: Mapping[str, str] | None = None,
+        *,
+        account: str = ACCOUNT,
+        region: str = REGION,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         declared = template.get("Parameters", {})
         if unknown := set(parameters or {}) - set(declared):
             raise KeyError(f"the template has no parameter {sorted(unknown)}")
         defaults = {name: str(one.get("Default", "")) for name, one in declared.items()}
         self.parameters = {**defaults, **(parameters or {})}
         self.template = template
-        self._names: dict[str, str] = {}
+        self._account, self._region = account, region
+        self._pseudo = {
+            "AWS::AccountId": account,
+            "AWS::Partition": "aws",
+            "AWS::Region": region,
+            "AWS::URLSuffix": "amazonaws.com",
+            "AWS::StackName": "mla",
+        }
+        self._names: dict[str, str] = dict(names or {})
         self.resources: dict[str, dict[str, Any]] = {}
         for name, resource in template["Resources"].items():
             if "Condition" not in resource or self.condition(resource["Condition"]):
@@ -143,8 +153,8 @@ class Stack:
     def _reference(self, name: str) -> Any:
         if name == "AWS::NoValue":
             return _NOTHING
-        if name in PSEUDO:
-            return PSEUDO[name]
+        if name in self._pseudo:
+            return self._pseudo[name]
         if name in self.parameters:
             return self.parameters[name]
         kind = self.template["Resources"][name]["Type"]
@@ -167,10 +177,10 @@ class Stack:
         kind = self.template["Resources"][logical]["Type"]
         name = self._name(logical)
         if attribute == "RepositoryUri":
-            return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{name}"
+            return f"{self._account}.dkr.ecr.{self._region}.amazonaws.com/{name}"
         if attribute != "Arn":
             return f"{logical}.{attribute}"
-        return _ARNS[kind].format(name=name, region=REGION, account=ACCOUNT)
+        return _ARNS[kind].format(name=name, region=self._region, account=self._account)
 
 
 _NAMES = {
