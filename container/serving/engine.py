@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from container.serving.attention import DecodeAttention
-from container.serving.batch import Span, make_batch
+from container.serving.batch import Batch, Span, make_batch
 from container.serving.cache import PAGE, LatentCache, PageAllocator
 from container.serving.checkpoint import ModelConfig, find_checkpoint, find_tokenizer
+from container.serving.graphs import DecodeGraphs
 from container.serving.model import Model
 from container.serving.sampler import Choice, choose
 from container.serving.scheduler import Planned, Scheduler
 from container.serving.sequence import BadRequest, Logprob, Sampling, Sequence, State, Step
 from container.serving.tokenizer import Detokenizer, Tokenizer
+from container.serving.weights import Checkpoint, Loader
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Options:
     max_model_len: int | None = None
     cache_tokens: int | None = None
     num_threads: int | None = None
+    cuda_graphs: bool = True
 
 
 class Engine:
@@ -67,6 +70,10 @@ class Engine:
         self.scheduler = Scheduler(self.allocator, options.max_batch, options.step_tokens)
         self._lock = threading.RLock()  # one step, or one change of the sequences, at a time
         self._ids = itertools.count()
+        self._graphs: DecodeGraphs | None = None
+        if model.device.type == "cuda" and options.cuda_graphs:
+            pages = -(-limit // PAGE)
+            self._graphs = DecodeGraphs(self._eager, options.max_batch, pages, model.device)
 
     @classmethod
     def load(
@@ -104,7 +111,7 @@ class Engine:
         kernels = Path(kernel_dir) if kernel_dir else None
         attention = DecodeAttention(backend, kernels, where, config, kind, kv_cache_dtype)
         limit = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
-        model = Model(config, checkpoint, where, kind, limit, progress)
+        model = Model(config, Loader(Checkpoint(checkpoint), where, kind, progress), limit)
         cache = LatentCache(
             config.num_hidden_layers, _cache_pages(config, options, limit, where, attention), attention, where
         )
@@ -198,12 +205,17 @@ class Engine:
             spans.append(Span(sequence.tokens(start, start + count), start, sequence.pages))
             if start + count == sequence.length:
                 wanted.append(row)
-        logits = self.model(make_batch(spans, self.model.device, wanted), self.cache)
+        batch = make_batch(spans, self.model.device, wanted)
+        graphs = self._graphs
+        logits = graphs(batch) if graphs is not None and graphs.fits(batch) else self._eager(batch)
         for planned in plan:
             self.scheduler.computed(planned)
         sequences = [plan[row].sequence for row in wanted]
         choices = choose(logits, sequences) if sequences else []
         return [self._advance(s, c) for s, c in zip(sequences, choices, strict=True)]
+
+    def _eager(self, batch: Batch) -> Tensor:
+        return self.model(batch, self.cache)
 
     def _advance(self, sequence: Sequence, choice: Choice) -> Step:
         token = choice.token_id

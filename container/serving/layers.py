@@ -13,8 +13,10 @@ from torch import Tensor
 from container.serving.batch import Batch
 from container.serving.cache import LatentCache
 from container.serving.checkpoint import ModelConfig, Rope
+from container.serving.fused import absorbed_query, cache_row, can_compile, norm, rotate, silu_product
 from container.serving.weights import Loader
 
+FEW_TOKENS = 8  # up to here a GPU reads each token's experts by themselves (see experts.py)
 LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm do not take rms_norm_eps
 
 
@@ -44,16 +46,6 @@ def rotary_table(rope: Rope, dim: int, positions: int) -> tuple[Tensor, Tensor]:
         frequencies = frequencies * (1 - stretched) + stretched / (rope.factor * powers)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
     return angles.cos() * rope.embedding_scale, angles.sin() * rope.embedding_scale
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (x[i], x[i + dim/2]) of the last dimension in float32; cos and sin fit half of x."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 class Attention:
@@ -119,38 +111,39 @@ class Attention:
         c = self.config
         query, latent, rope = F.linear(x, self.w_in, self.b_in).split(self.split, dim=-1)
         if c.q_lora_rank:
-            query = F.linear(rms_norm(query, self.q_norm, LATENT_NORM_EPS), self.w_q)
+            query = F.linear(norm(query, self.q_norm, LATENT_NORM_EPS), self.w_q)
         query = query.view(-1, c.num_attention_heads, c.qk_head_dim)
-        q_nope, q_rope = query.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-        cos, sin = batch.cos, batch.sin
-        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
-        latent = rms_norm(latent, self.kv_norm, LATENT_NORM_EPS)
-        cache.write(self.layer, batch.slots, torch.cat((latent, rotate(rope, cos, sin)), dim=-1))
+        row = cache_row(latent, rope, self.kv_norm, batch.cos, batch.sin, LATENT_NORM_EPS)
+        cache.write(self.layer, batch.slots, row)
 
         n = batch.rows.count
         if n == x.shape[0]:
-            out = self._decode(q_nope, q_rope, batch, cache)
+            out = self._decode(query, batch, cache)
         else:
             out = x.new_empty(x.shape[0], c.num_attention_heads, c.v_head_dim)
             if n:
-                out[:n] = self._decode(q_nope[:n], q_rope[:n], batch, cache)
+                out[:n] = self._decode(query[:n], batch, cache)
             for chunk in batch.chunks:
                 part = slice(chunk.start, chunk.end)
                 latents = cache.read(self.layer, chunk.pages, chunk.length, x.dtype)
-                out[part] = self._prefill(q_nope[part], q_rope[part], latents)
+                out[part] = self._prefill(query[part], batch.cos[part], batch.sin[part], latents)
         return F.linear(out.flatten(1), self.w_out, self.b_out)
 
-    def _decode(self, q_nope: Tensor, q_rope: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-        """[n, heads, nope], [n, heads, rope] -> [n, heads, v]; row i sees batch.rows.lengths[i] tokens."""
+    def _decode(self, query: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+        """[n, heads, nope + rope] -> [n, heads, v]; row i sees batch.rows.lengths[i] tokens."""
+        q_nope, q_rope = query.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
         absorbed = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
-        q = torch.cat((absorbed, q_rope), dim=-1)
+        n = query.shape[0]
+        q = absorbed_query(absorbed, q_rope, batch.cos[:n], batch.sin[:n])
         out = cache.attend(self.layer, q, batch.rows.block_table, batch.rows.lengths).to(q.dtype)
         return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
 
-    def _prefill(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
+    def _prefill(self, query: Tensor, cos: Tensor, sin: Tensor, latents: Tensor) -> Tensor:
         """Queries are the last n of the S tokens in `latents` [S, rank + rope]; causal. -> [n, heads, v]"""
         c = self.config
-        n, total = q_nope.shape[0], latents.shape[0]
+        n, total = query.shape[0], latents.shape[0]
+        q_nope, q_rope = query.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
+        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
         latent, k_rope = latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
         expanded = F.linear(latent, self.w_kv).view(total, c.num_attention_heads, -1)
         k_nope, v = expanded.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
@@ -185,8 +178,7 @@ class Mlp:
         self.b_out = load.one(f"{prefix}down_proj.bias", hidden) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.w_in, self.b_in).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.w_out, self.b_out)
+        return F.linear(silu_product(F.linear(x, self.w_in, self.b_in)), self.w_out, self.b_out)
 
 
 class MixtureOfExperts:
@@ -211,6 +203,15 @@ class MixtureOfExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, experts = self.route(x)
+        routed = self._few(x, weights, experts) if _takes_few(x) else self._many(x, weights, experts)
+        return routed if self.shared is None else routed + self.shared(x)
+
+    def _few(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        from container.serving.experts import routed_experts
+
+        return routed_experts(x, self.w_in, self.w_out, experts, weights)
+
+    def _many(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         k = experts.shape[1]
         order = experts.flatten().argsort()
         ends = torch.searchsorted(
@@ -219,13 +220,12 @@ class MixtureOfExperts:
             right=True,
             out_int32=True,
         )
-        gate, up = grouped_linear(x[order // k], self.w_in, ends).chunk(2, dim=-1)
-        out = grouped_linear(F.silu(gate) * up, self.w_out, ends)
+        inner = silu_product(grouped_linear(x[order // k], self.w_in, ends))
+        out = grouped_linear(inner, self.w_out, ends)
         place = torch.empty_like(order)
         place[order] = torch.arange(order.numel(), device=x.device)
         routed = out[place].view(-1, k, x.shape[1])
-        result = (routed * weights.to(x.dtype)[..., None]).sum(dim=1)
-        return result if self.shared is None else result + self.shared(x)
+        return (routed * weights.to(x.dtype)[..., None]).sum(dim=1)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 and indices int64 [T, k] of the chosen experts, in no particular order."""
@@ -246,6 +246,10 @@ class MixtureOfExperts:
         if c.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * c.routed_scaling_factor, experts
+
+
+def _takes_few(x: Tensor) -> bool:
+    return x.is_cuda and can_compile() and x.shape[0] <= FEW_TOKENS
 
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

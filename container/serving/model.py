@@ -1,8 +1,5 @@
 """A DeepSeek-V2/V3 language model: embedding, layers, output head, on flat batches over the paged cache."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +7,9 @@ from torch import Tensor
 from container.serving.batch import Batch
 from container.serving.cache import LatentCache
 from container.serving.checkpoint import ModelConfig
-from container.serving.layers import Attention, MixtureOfExperts, Mlp, rms_norm, rotary_table
-from container.serving.weights import Checkpoint, Loader
+from container.serving.fused import add_norm, norm
+from container.serving.layers import Attention, MixtureOfExperts, Mlp, rotary_table
+from container.serving.weights import Loader
 
 
 class Layer:
@@ -29,9 +27,18 @@ class Layer:
         else:
             self.mlp = Mlp(prefix + "mlp.", hidden, config.intermediate_size, config.mlp_bias, load)
 
-    def __call__(self, x: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-        x = x + self.attention(rms_norm(x, self.attention_norm, self.eps), batch, cache)
-        return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, batch: Batch, cache: LatentCache
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it: `delta` before, the mlp's after."""
+        x, h = residual(x, delta, self.attention_norm, self.eps)
+        x, h = residual(x, self.attention(h, batch, cache), self.mlp_norm, self.eps)
+        return x, self.mlp(h)
+
+
+def residual(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, its norm)"""
+    return (x, norm(x, weight, eps)) if delta is None else add_norm(x, delta, weight, eps)
 
 
 class Model:
@@ -40,17 +47,8 @@ class Model:
     Raises WeightError when a tensor is missing, misshapen or not finite.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        folder: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_positions: int,
-        progress: Callable[[float], None] | None = None,
-    ):
-        self.config, self.device, self.dtype = config, device, dtype
-        load = Loader(Checkpoint(folder), device, dtype, progress)
+    def __init__(self, config: ModelConfig, load: Loader, max_positions: int):
+        self.config, self.device, self.dtype = config, load.device, load.dtype
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embedding = load.one("model.embed_tokens.weight", *vocabulary)
         self.layers = [Layer(config, index, load) for index in range(config.num_hidden_layers)]
@@ -58,15 +56,16 @@ class Model:
         tied = config.tie_word_embeddings
         self.head = self.embedding if tied else load.one("lm_head.weight", *vocabulary)
         cos, sin = rotary_table(config.rope, config.qk_rope_head_dim, max_positions)
-        self.cos, self.sin = cos.to(device), sin.to(device)
+        self.cos, self.sin = cos.to(load.device), sin.to(load.device)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: LatentCache) -> Tensor:
         """Runs the batch, fills the cache, returns float32 logits [R, vocabulary] of batch.logit_rows."""
         batch.cos, batch.sin = self.cos[batch.positions], self.sin[batch.positions]
-        x = F.embedding(batch.tokens, self.embedding)
+        x, delta = F.embedding(batch.tokens, self.embedding), None
         for layer in self.layers:
-            x = layer(x, batch, cache)
-        if batch.logit_rows is not None:
-            x = x[batch.logit_rows]
-        return F.linear(rms_norm(x, self.norm, self.config.rms_norm_eps), self.head).float()
+            x, delta = layer(x, delta, batch, cache)
+        if batch.logit_rows is not None and delta is not None:
+            x, delta = x[batch.logit_rows], delta[batch.logit_rows]
+        _, h = residual(x, delta, self.norm, self.config.rms_norm_eps)
+        return F.linear(h, self.head).float()
