@@ -16,7 +16,8 @@ from pipelines.display import Display
 from pipelines.local import Local
 from pipelines.run import Summary
 
-QUICK = {"KernelBackend": "cpu", "Workload": "1x256,2x64"}  # the same steps on fewer shapes
+# The same steps on fewer shapes; a step's latency on a machine that is shared is no verdict on the chain.
+QUICK = {"KernelBackend": "cpu", "Workload": "1x256,2x64", "MaxDecodeLatencyMs": "10000"}
 TRAINING = ("--steps", "20")
 
 
