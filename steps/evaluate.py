@@ -115,7 +115,7 @@ def measure_model(
 def gate(outcome: Outcome, model: ModelLevel | None) -> Gate:
     """The figures that QualityGate compares. What could not be measured exceeds every limit."""
     errors = [case.relative_error for case in outcome.correctness.cases]
-    errors.append(model.logits_relative_error if model else OUT_OF_BOUNDS)
+    errors.append(model.excess_relative_error if model else OUT_OF_BOUNDS)
     return Gate(
         correct=int(outcome.correctness.passed),
         relative_error=finite(max(errors)),

@@ -43,8 +43,21 @@ def machine(device: torch.device, ml_root: Path) -> dict[str, str | int | float 
     }
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that a model can take on `device` now, bytes; on a CPU what the page cache gives back counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    fields = (
+        dict(line.split(":", 1) for line in meminfo.read_text().splitlines()) if meminfo.is_file() else {}
+    )
+    if "MemAvailable" in fields:
+        return int(fields["MemAvailable"].split()[0]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def versions(index: KernelIndex, backend: str) -> dict[str, str | None]:
-    """Versions of what took part; `compiler` built the winning kernel, None if it was not compiled."""
+    """Versions of what took part; `compiler` made the winning kernel, `flash_mla` is KernelSource's."""
     package = index.packages.get(backend)
     return {
         "mla_pipeline": _version("mla-pipeline"),
@@ -55,6 +68,7 @@ def versions(index: KernelIndex, backend: str) -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "compiler": package.manifest.get("compiler") if package else None,
         "kernel_flags": " ".join(package.manifest.get("flags", [])) if package else None,
+        "flash_mla": index.flash_mla.label if index.flash_mla else None,
     }
 
 

@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from steps.evaluation import plots
-from steps.evaluation.schema import OUT_OF_BOUNDS, Evaluation
+from steps.evaluation.schema import OUT_OF_BOUNDS, Evaluation, ModelLevel
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,27 @@ def summary(evaluation: Evaluation) -> str:
     passed = sum(case.passed for case in cases)
     served = (
         f"The served model gives {model.tokens_equal} of {model.tokens_total} greedy tokens as transformers "
-        f"gives them with the same weights; its logits differ by {_error(model.logits_relative_error)}."
+        f"gives them with the same weights; {logits(model)}."
         if model
         else "With this kernel the model could not be run."
     )
     return (
         f"{chosen} {passed} of {len(cases)} cases lie within their bound of the float64 definition. {served}"
     )
+
+
+def logits(model: ModelLevel) -> str:
+    """The model's error in words, beside what rounding alone does to transformers."""
+    words = (
+        f"its logits differ by {_error(model.logits_relative_error)} from transformers "
+        f"in {model.reference_dtype}"
+    )
+    if model.reference_note:
+        return f"{words}, which holds the rounding of both: float32 did not fit"
+    if model.dtype == model.reference_dtype:
+        return words
+    own = _error(model.transformers_relative_error or 0.0)
+    return f"{words}, those of transformers in {model.dtype} by {own}"
 
 
 def figures(evaluation: Evaluation) -> list[Figure]:
@@ -95,7 +109,7 @@ def figures(evaluation: Evaluation) -> list[Figure]:
     error = "not finite" if gate.relative_error >= OUT_OF_BOUNDS else _error(gate.relative_error)
     numbers = [
         Figure("Speed-up", f"{gate.speedup:.2f}", "×", f"least {slowest.speedup:.2f}× (case {slowest.name})"),
-        Figure("Relative error", error, "", "worst of kernel and logits"),
+        Figure("Relative error", error, "", "worst of kernel and logits beyond rounding"),
         Figure("Bandwidth", f"{best.gbps:.3g}", "GB/s", f"the memory reads {latency.limit_gbps:.3g} GB/s"),
     ]
     if model := evaluation.model:

@@ -89,10 +89,16 @@ class Smoke(Section):
 
 
 class ModelLevel(Section):
-    """The served engine against transformers with the same weights."""
+    """The served engine against transformers with the same weights; model_level.py defines the errors."""
 
-    logits_relative_error: float
+    dtype: str  # of weights and arithmetic as served
+    reference_dtype: str  # transformers' as the reference: float32 unless reference_note says why not
+    reference_note: str | None
+    logits_relative_error: float  # the engine against the reference
+    transformers_relative_error: float | None  # transformers in `dtype` against it; None with a note
+    excess_relative_error: float  # what the gate takes: the engine's error beyond transformers'
     tokens_equal: int
+    transformers_tokens_equal: int | None
     tokens_total: int
     tokens_per_s: float  # batch 1, decode only
     decode_step_ms: Milliseconds  # one whole-model decode step, batch 1

@@ -92,7 +92,7 @@ def test_kernel_and_model_pass_and_the_gate_has_the_figures(result):
     speedups = [case.speedup for case in result.latency.cases]
     assert result.gate.speedup == pytest.approx(math.prod(speedups) ** 0.5)
     worst = max(case.relative_error for case in result.correctness.cases)
-    assert result.gate.relative_error == max(worst, result.model.logits_relative_error)
+    assert result.gate.relative_error == max(worst, result.model.excess_relative_error)
     assert result.gate.decode_latency_ms == result.model.decode_step_ms.p50
     assert result.model.logits_relative_error < 0.03  # bfloat16 cache, float32 weights
     assert result.model.tokens_equal >= 0.9 * result.model.tokens_total
@@ -188,6 +188,41 @@ def test_a_damaged_kernel_is_refused(inputs, tmp_path):
     (tmp_path / "processing/input/kernel/cpu/libmla_decode.so").write_bytes(b"short")
     with pytest.raises(StepError, match=r"damaged.*Rerun CompileKernel"):
         run.start(workload="1x64")
+
+
+def test_a_float32_model_is_compared_as_it_is(result):
+    model = result.model
+    assert (model.dtype, model.reference_dtype, model.reference_note) == ("float32", "float32", None)
+    assert model.transformers_relative_error == 0.0
+    assert model.excess_relative_error == model.logits_relative_error
+
+
+def measured_in_bfloat16(folder, backend="cpu"):
+    write_model(folder, dtype=torch.bfloat16)
+    engine = Engine.load(folder, backend=backend, options=evaluate.ENGINE_OPTIONS)
+    return model_level.measure(engine, folder)
+
+
+def test_rounding_to_bfloat16_is_not_taken_for_an_error(tmp_path):
+    model = measured_in_bfloat16(tmp_path)
+    assert model.logits_relative_error > 0.02  # more than the default limit, and all of it rounding
+    assert model.transformers_relative_error > 0.02
+    assert model.excess_relative_error < 0.01
+    assert model.transformers_tokens_equal is not None
+
+
+def test_a_wrong_kernel_stands_out_from_the_rounding_of_bfloat16(tmp_path, monkeypatch):
+    distort(monkeypatch, 1.5)
+    assert measured_in_bfloat16(tmp_path).excess_relative_error > 0.05
+
+
+def test_a_model_too_large_for_float32_is_its_own_reference_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_level, "free_bytes", lambda device: 1000)
+    model = measured_in_bfloat16(tmp_path)
+    assert model.reference_dtype == "bfloat16"
+    assert "float32 reference was skipped" in model.reference_note
+    assert model.transformers_relative_error is None
+    assert model.excess_relative_error == model.logits_relative_error
 
 
 def test_relative_error_ignores_a_common_offset_and_survives_nan():
