@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from steps.job import Job, StepError, run
+from steps.registry import accelerated
 from steps.registry.access import Registry, connect, explained
 from steps.registry.provenance import NONE
 
@@ -46,6 +47,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-package-arn", required=True)
     parser.add_argument("--endpoint-name", required=True)
     parser.add_argument("--stage", choices=("staging", "production"), required=True)
+    parser.add_argument(
+        "--register-accelerated",
+        default="",
+        metavar="NAME",
+        help="staging: also register, under this name, a model with the kernel and the weights by reference",
+    )
 
 
 def main(job: Job) -> None:
@@ -63,6 +70,9 @@ def main(job: Job) -> None:
         recorded += record_run(registry, release, tags, evaluation_files(job))
     if release.version:
         recorded += record_version(registry, release, tags, job.args.stage)
+    if name := job.args.register_accelerated:
+        version = register_accelerated(job, registry, name, tags)
+        recorded.append(f"accelerated model {name} version {version}, alias {job.args.stage}")
     if not recorded:
         raise StepError(
             "The release names neither an MLflow model version nor a run, so nothing can be recorded.",
@@ -183,6 +193,26 @@ def record_version(registry: Registry, release: Release, tags: dict[str, str], a
             client.set_model_version_tag(release.name, release.version, registry.tag_key(key), value)
         client.set_registered_model_alias(release.name, alias, release.version)
     return [f"{release.name} version {release.version}: {len(tags)} tags, alias {alias}"]
+
+
+def register_accelerated(job: Job, registry: Registry, name: str, tags: dict[str, str]) -> str:
+    """Register the released weights with the measured kernel for batch jobs; returns the version."""
+    if job.args.stage != "staging":
+        raise StepError(
+            "--register-accelerated goes with --stage staging: a promotion has no kernel at hand.",
+            "Give it to RecordRelease; move the accelerated model's alias when it is promoted.",
+        )
+    evaluation = job.read_json("evaluation", "evaluation.json")
+    return accelerated.register(
+        registry,
+        name,
+        job.read_json("provenance", "provenance.json"),
+        job.input("kernel"),
+        backend=evaluation["backend"],
+        kv_cache_dtype=evaluation["requested"]["kv_cache_dtype"],
+        alias=job.args.stage,
+        tags=tags,
+    )
 
 
 def evaluation_files(job: Job) -> list[Path]:

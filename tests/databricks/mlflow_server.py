@@ -43,9 +43,9 @@ def server_url() -> str:
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if requests.get(f"{url}/health", timeout=2).ok:
+            if requests.get(f"{url}/health", timeout=10).ok:
                 return url
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             time.sleep(0.2)
     raise RuntimeError(f"mlflow server did not start:\n{(folder / 'log').read_text()[-2000:]}")
 

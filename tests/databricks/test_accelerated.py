@@ -1,0 +1,144 @@
+"""The accelerated model: registered by RecordRelease, loaded by a batch job that has only the registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from container.serving.engine import Engine
+from kernels.build import build
+from steps import pull_model, record_release
+from tests.databricks.mlflow_server import server_url
+from tests.databricks.runner import failed, run_step
+from tests.steps.test_record_release import ARN, document, give_release
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "The assert statement "
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A tiny untrained model, registered, pulled and given a compiled kernel: what RecordRelease gets."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from tiny_mla import TinyConfig, TinyMla, save_checkpoint
+    from train_and_log import signature
+
+    root = tmp_path_factory.mktemp("released")
+    save_checkpoint(TinyMla(TinyConfig()), root / "checkpoint")
+    mlflow.set_tracking_uri(server_url())
+    with mlflow.start_run() as run:
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(ROOT / "examples" / "mla_pyfunc.py"),
+            artifacts={"checkpoint": str(root / "checkpoint")},
+            signature=signature(),
+            pip_requirements=["torch"],
+        )
+    version = mlflow.register_model(info.model_uri, "weights").version
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server_url())
+        patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+        uri = f"models:/weights/{version}"
+        outcome = run_step(pull_model.main, pull_model.arguments, ["--model-uri", uri], root / "pull")
+    assert outcome.code == 0, outcome.message
+    build("cpu", root / "kernel")
+    origin = json.loads((outcome.output("provenance") / "provenance.json").read_text())
+    return {"root": root, "origin": origin, "version": version, "run_id": run.info.run_id}
+
+
+@pytest.fixture
+def root(released: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The step's /opt/ml, with all inputs."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_url())
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    monkeypatch.setenv("MLA_WEIGHTS_CACHE", str(tmp_path / "cache"))
+    give_release(tmp_path, "weights", released["version"], released["run_id"])
+    inputs = tmp_path / "processing" / "input"
+    (inputs / "provenance" / "provenance.json").write_text(json.dumps(released["origin"]))
+    evaluation = json.loads((inputs / "evaluation" / "evaluation.json").read_text())
+    evaluation["requested"] = {"kv_cache_dtype": "float32"}
+    (inputs / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    shutil.rmtree(inputs / "kernel")
+    shutil.copytree(released["root"] / "kernel", inputs / "kernel")
+    return tmp_path
+
+
+def register(root: Path, stage: str = "staging"):
+    argv = ["--model-package-arn", ARN, "--endpoint-name", "e", "--stage", stage]
+    argv += ["--register-accelerated", "fast"]
+    return run_step(record_release.main, record_release.arguments, argv, root)
+
+
+@pytest.mark.slow
+def test_a_batch_job_runs_the_released_kernel(root: Path, released: dict, tmp_path: Path) -> None:
+    written = document(register(root))
+    assert any("accelerated model fast version" in line for line in written["recorded"])
+    client = mlflow.MlflowClient(tracking_uri=server_url(), registry_uri=server_url())
+    found = client.get_model_version_by_alias("fast", "staging")
+    assert found.tags["mla.model_package_arn"] == ARN
+
+    engine = Engine.load(
+        released["root"] / "checkpoint", released["root"] / "kernel", kv_cache_dtype="float32"
+    )
+    expected = engine.generate([PROMPT], max_tokens=8)[0].text
+
+    elsewhere = (
+        tmp_path / "elsewhere"
+    )  # neither this repository on the path nor a kernel cache: only the model's own
+    elsewhere.mkdir()
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "batch_inference.py"),
+        "--model",
+        "models:/fast@staging",
+    ]
+    command += ["--prompt", PROMPT, "--prompt", "x", "--max-new-tokens", "8", "--output", "out.jsonl"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"MLA_KERNEL_CACHE": str(elsewhere / "none"), "CXX": "/bin/false"}
+    result = subprocess.run(
+        command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (elsewhere / "out.jsonl").read_text().splitlines()]
+    assert rows[0] == {"prompt": PROMPT, "completion": expected}
+    assert rows[1]["prompt"] == "x"
+
+
+def test_weights_that_were_changed_are_refused(
+    root: Path, released: dict, tmp_path: Path, monkeypatch
+) -> None:
+    from steps.registry.accelerated_model import check, weights
+
+    files = [file for file in released["origin"]["files"] if file["path"].startswith("artifacts/checkpoint/")]
+    config = {"weights_uri": f"models:/weights/{released['version']}", "files": files}
+    folder = weights(config)
+    assert (folder / "artifacts" / "checkpoint" / "model.safetensors").is_file()
+    assert weights(config) == folder, "the second use comes from the cache"
+    config["files"] = [{**files[0], "sha256": "0" * 64}]
+    with pytest.raises(RuntimeError, match="released was 0000"):
+        weights(config)
+    assert [path for path in (tmp_path / "cache").iterdir() if path != folder] == []
+    with pytest.raises(RuntimeError, match="missing or has another size"):
+        check(tmp_path, files)
+    monkeypatch.setenv("MLA_WEIGHTS", str(folder))
+    assert weights({"files": files}) == folder
+
+
+def test_a_promotion_cannot_register_it(root: Path) -> None:
+    from tests.steps.test_record_release import give_promotion
+
+    give_promotion(root, "-", "-", "-")
+    failed(register(root, "production"), "--stage staging")
+
+
+def test_weights_without_a_run_are_refused(root: Path, released: dict) -> None:
+    origin = released["origin"] | {"run_id": "-"}
+    (root / "processing" / "input" / "provenance" / "provenance.json").write_text(json.dumps(origin))
+    failed(register(root), "names none")
