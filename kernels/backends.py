@@ -6,7 +6,6 @@ run a problem. `auto` measures the correct backends of a device on the problem a
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,7 @@ from kernels.package import KernelIndex, KernelPackage
 from kernels.reference import mla_decode_absorbed
 
 COMPILED = ("cpu", "hopper")
-# Written elsewhere in this package; listed by where they live, so that their imports are paid only when asked
-# for.
-OPTIONAL = {
-    "triton": ("kernels.triton_mla", "TritonBackend"),
-    "flash_mla": ("kernels.flash_mla_backend", "FlashMlaBackend"),
-}
-NAMES = ("auto", *COMPILED, *OPTIONAL, "reference")
+NAMES = ("auto", *COMPILED, "triton", "flash_mla", "reference")
 
 
 class BackendError(RuntimeError):
@@ -90,11 +83,14 @@ class ReferenceBackend:
 
 
 def get_backend(name: str, kernel_dir: Path | None = None) -> Backend:
-    """The backend `name`; compiled ones come from the artifact `kernel_dir`, or are built into the cache
-    without it.
+    """The backend `name`.
+
+    Compiled ones come from the artifact `kernel_dir`; without one they are built into the cache. `flash_mla`
+    comes from the artifact when it holds one, else from the environment.
 
     Raises BackendError naming what is missing; KernelPackageError and BuildError as their modules say.
     """
+    # Imported only when asked for: triton is optional, and the others import this module.
     if name == "auto":
         from kernels.auto import AutoBackend
 
@@ -105,11 +101,16 @@ def get_backend(name: str, kernel_dir: Path | None = None) -> Backend:
         from kernels.compiled import CompiledBackend
 
         return CompiledBackend(_package(name, kernel_dir))
-    if name in OPTIONAL:
-        module, attribute = OPTIONAL[name]
-        if importlib.util.find_spec(module) is None:
-            raise BackendError(f"backend {name!r} is not part of this installation ({module} is missing)")
-        return getattr(importlib.import_module(module), attribute)()
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise BackendError("backend 'triton': package triton is not installed; install the triton extra")
+        from kernels.triton_mla import TritonBackend
+
+        return TritonBackend()
+    if name == "flash_mla":
+        from kernels.flash_mla_backend import FlashMlaBackend
+
+        return FlashMlaBackend(KernelIndex.load(kernel_dir).flash_mla if kernel_dir else None)
     raise BackendError(f"unknown backend {name!r}; known: {', '.join(NAMES)}")
 
 
@@ -124,14 +125,13 @@ def _package(name: str, kernel_dir: Path | None) -> KernelPackage:
 
 
 def available_backends(kernel_dir: Path | None, device: torch.device) -> dict[str, Backend]:
-    """Every backend that can be had here for tensors on `device`, by name; without `kernel_dir` builds what
-    it can.
+    """Every backend that can be had here for tensors on `device`, by name; `kernel_dir` as in `get_backend`.
 
     A missing compiler or library leaves its backend out; a damaged artifact raises.
     """
-    names = ("cpu", "reference") if device.type == "cpu" else ("hopper", "triton", "flash_mla", "reference")
+    names = ("cpu",) if device.type == "cpu" else ("hopper", "triton")
     found: dict[str, Backend] = {}
-    for name in names:
+    for name in (*names, "flash_mla", "reference"):
         try:
             found[name] = get_backend(name, kernel_dir)
         except BackendError:

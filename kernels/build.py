@@ -15,12 +15,12 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kernels.files import publish_folder, write_atomic
 from kernels.package import (
     ABI_VERSION,
     INDEX,
@@ -36,7 +36,7 @@ from kernels.package import (
 )
 from kernels.targets import RECIPES, BuildError, Recipe
 
-__all__ = ["BuildError", "build", "cached_package", "default_cache_dir"]
+__all__ = ["BuildError", "build", "cached_package", "default_cache_dir", "write_index"]
 
 
 def default_cache_dir() -> Path:
@@ -69,17 +69,28 @@ def build(targets: str | Sequence[str], out_dir: Path, cache_dir: Path | None = 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, package in packages.items():
-        _publish_folder(out_dir / name, functools.partial(_copy_files, package.folder), replace=True)
-    hashes = {name: package.sha256 for name, package in packages.items()}
+        publish_folder(out_dir / name, functools.partial(_copy_files, package.folder), replace=True)
+    return write_index(
+        out_dir, ",".join(names), {name: {"sha256": one.sha256} for name, one in packages.items()}, skipped
+    )
+
+
+def write_index(
+    folder: Path, requested: str, packages: Mapping[str, Mapping[str, Any]], skipped: Mapping[str, str]
+) -> KernelIndex:
+    """Write index.json over what `folder` holds, and load it.
+
+    `packages` maps a target to its entry, which has at least "sha256"; `skipped` maps one to the reason.
+    """
     index = {
         "schema_version": SCHEMA_VERSION,
-        "requested": ",".join(names),
-        "packages": {name: {"sha256": sha} for name, sha in hashes.items()},
-        "skipped": skipped,
-        "sha256": combined_sha256(hashes),
+        "requested": requested,
+        "packages": dict(packages),
+        "skipped": dict(skipped),
+        "sha256": combined_sha256({name: entry["sha256"] for name, entry in packages.items()}),
     }
-    _write_atomic(out_dir / INDEX, json.dumps(index, indent=2) + "\n")
-    return KernelIndex.load(out_dir)
+    write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return KernelIndex.load(folder)
 
 
 def cached_package(target: str, cache_dir: Path | None = None) -> KernelPackage:
@@ -95,7 +106,7 @@ def cached_package(target: str, cache_dir: Path | None = None) -> KernelPackage:
         except KernelPackageError as error:
             print(f"kernels.build: cache entry rejected, compiling again: {error}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _publish_folder(folder, lambda temporary: _compile(recipe, temporary), replace=folder.exists())
+    publish_folder(folder, lambda temporary: _compile(recipe, temporary), replace=folder.exists())
     return KernelPackage.load(folder)
 
 
@@ -121,57 +132,9 @@ def _compile(recipe: Recipe, folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _publish_folder(destination: Path, fill: Callable[[Path], None], replace: bool) -> None:
-    """Fill a temporary sibling folder, flush it to disk, and rename it to `destination`.
-
-    With `replace` an existing folder is moved aside first; without it an existing one (a lost race) wins.
-    """
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        fill(temporary)
-        temporary.chmod(0o755)
-        for path in temporary.iterdir():
-            _fsync(path)
-        _fsync(temporary)
-        if replace and destination.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
-            try:
-                os.rename(destination, old / "folder")
-            except FileNotFoundError:
-                pass  # another process moved it first
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        try:
-            os.rename(temporary, destination)
-        except OSError:
-            if not destination.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(destination.parent)
-
-
 def _copy_files(source: Path, folder: Path) -> None:
     for name in (LIBRARY, MANIFEST, LOG):
         shutil.copyfile(source / name, folder / name)
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

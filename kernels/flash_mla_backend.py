@@ -1,20 +1,27 @@
-"""The backend `flash_mla`: any installed package that gives the module `flash_mla` FlashMLA's interface.
+"""The backend `flash_mla`: any package that gives the module `flash_mla` FlashMLA's interface.
 
+It comes from the kernel artifact where CompileKernel installed one (KernelSource), else from the environment:
 PyPI's `sgl-flash-mla` installs that module and keeps the Hopper kernels behind `use_legacy=True`. PyPI's own
 `flash-mla` is a source archive without its headers and cannot be built.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.arguments import Problem, check_arguments
 from kernels.backends import BackendError
+from kernels.package import FLASH_MLA, FLASH_MLA_INTERFACE, FlashMlaPackage
+from kernels.workloads import make_inputs
 
 _LATENT, _ROPE, _PAGE_SIZE = 512, 64, 64
 
@@ -22,28 +29,34 @@ _LATENT, _ROPE, _PAGE_SIZE = 512, 64, 64
 class FlashMlaBackend:
     """FlashMLA's dense decode. Raises BackendError where the package is missing or cannot be loaded."""
 
-    name = "flash_mla"
+    name = FLASH_MLA
 
-    def __init__(self) -> None:
-        self._module = _load()
+    def __init__(self, package: FlashMlaPackage | None = None) -> None:
+        self._module = _load(package.site.resolve() if package else None)
         self._decode = self._module.flash_mla_with_kvcache
         # Releases differ: newer ones fill an empty schedule at the first call and keep Hopper as "legacy".
-        self._schedule_takes_lengths = bool(
-            inspect.signature(self._module.get_mla_metadata).parameters.keys() & {"cache_seqlens"}
-        )
+        self._schedule_takes_lengths = "cache_seqlens" in _parameters(self._module.get_mla_metadata)
         self._legacy = {"use_legacy": True} if "use_legacy" in _parameters(self._decode) else {}
+        self._refusals: dict[Problem, str | None] = {}
 
     def unsupported(self, problem: Problem) -> str | None:
-        """None when `problem` can run, else the reason."""
-        if problem.device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-            return "flash_mla needs a GPU of compute capability 9.0"
+        """None when `problem` can run, else the reason.
+
+        Hopper is what the known packages are made for. What else a package runs on only it knows: there one
+        small call decides.
+        """
         if (problem.kv_lora_rank, problem.rope_dim) != (_LATENT, _ROPE):
             return f"flash_mla takes sizes 512 + 64, got {problem.kv_lora_rank} + {problem.rope_dim}"
         if problem.page_size != _PAGE_SIZE:
             return f"flash_mla takes pages of {_PAGE_SIZE} tokens, got {problem.page_size}"
         if problem.q_dtype != problem.kv_dtype or problem.q_dtype not in (torch.bfloat16, torch.float16):
             return f"flash_mla takes bfloat16 or float16, got {problem.q_dtype} and {problem.kv_dtype}"
-        return None
+        if problem.device_type == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+            return None
+        small = dataclasses.replace(problem, batch=1)
+        if small not in self._refusals:
+            self._refusals[small] = self._try(small)
+        return self._refusals[small]
 
     def __call__(
         self,
@@ -59,29 +72,71 @@ class FlashMlaBackend:
         check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
         if reason := self.unsupported(Problem.of(q, k_cache, head_dim_v, causal)):
             raise ValueError(reason)
+        return self._run(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
+
+    def _run(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
         if self._schedule_takes_lengths:
             schedule = self._module.get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2], 1)
         else:
             schedule = self._module.get_mla_metadata()
-        out, lse = self._decode(
-            q, k_cache, block_table, cache_seqlens, head_dim_v, *schedule,
-            softmax_scale=softmax_scale, causal=causal, **self._legacy,
-        )  # fmt: skip
+        options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, **self._legacy}
+        out, lse = self._decode(q, k_cache, block_table, cache_seqlens, head_dim_v, *schedule, **options)
         return out, lse
+
+    def _try(self, problem: Problem) -> str | None:
+        inputs = make_inputs(
+            [problem.s_q],
+            s_q=problem.s_q,
+            h_q=problem.h_q,
+            q_dtype=problem.q_dtype,
+            kv_dtype=problem.kv_dtype,
+            causal=problem.causal,
+            device=problem.device_type,
+        )
+        try:
+            self._run(*inputs.arguments())
+            if problem.device_type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # whatever a package of unknown origin raises, its text is the reason
+            return f"flash_mla does not run on this {problem.device_type}: {type(error).__name__}: {error}"
+        return None
 
 
 def _parameters(function: object) -> set[str]:
     return set(inspect.signature(function).parameters)  # type: ignore[arg-type]
 
 
-def _load() -> ModuleType:
+def _load(site: Path | None) -> ModuleType:
+    """Module flash_mla of the folder `site`, or of the environment."""
+    where = site or "the environment"
     try:
-        module = importlib.import_module("flash_mla")
+        if site:
+            sys.path.insert(0, str(site))
+        try:
+            module = importlib.import_module(FLASH_MLA)
+        finally:
+            if site:  # only this import may prefer the package's files to the environment's
+                sys.path.remove(str(site))
+                sys.path.append(str(site))
     except (ImportError, OSError, RuntimeError) as error:
+        fix = "the image lacks what it needs" if site else "install the package or set KernelSource"
         raise BackendError(
-            f"backend 'flash_mla': module flash_mla cannot be loaded ({error}); install the flash_mla extra"
+            f"backend 'flash_mla': module flash_mla of {where} cannot be loaded ({error}); {fix}"
         ) from error
-    for name in ("flash_mla_with_kvcache", "get_mla_metadata"):
+    if site and not Path(str(module.__file__)).resolve().is_relative_to(site):
+        raise BackendError(
+            f"backend 'flash_mla': {module.__file__} is loaded already, {site} needs a process of its own"
+        )
+    for name in FLASH_MLA_INTERFACE:
         if not hasattr(module, name):
             raise BackendError(f"backend 'flash_mla': module {module.__file__} has no {name}")
     return module

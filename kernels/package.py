@@ -1,4 +1,8 @@
-"""Load and verify what `kernels.build` wrote: a target (KernelPackage) or a folder of them (KernelIndex)."""
+"""Load and verify a kernel artifact (KernelIndex) and what is in it.
+
+A KernelPackage is a target that `kernels.build` compiled; a FlashMlaPackage is somebody else's package, which
+`kernels.flash_mla_install` put beside them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ LIBRARY = "libmla_decode.so"
 MANIFEST = "manifest.json"
 LOG = "compiler.log"
 INDEX = "index.json"
+FLASH_MLA = "flash_mla"  # the module's name, its backend's, and its folder's in an artifact
+FLASH_MLA_INTERFACE = ("flash_mla_with_kvcache", "get_mla_metadata")
 
 
 class KernelPackageError(ValueError):
@@ -116,11 +122,7 @@ class KernelPackage:
                 f"kernel package {folder} has ABI version {manifest['abi_version']}, "
                 f"this code speaks {ABI_VERSION}; build the kernel again with this version of the code"
             )
-        if manifest["machine"] != platform.machine():
-            raise KernelPackageError(
-                f"kernel package {folder} was compiled for {manifest['machine']}, this machine is "
-                f"{platform.machine()}; build the kernel on this kind of machine"
-            )
+        _check_machine(folder, manifest)
         library = folder / LIBRARY
         if not library.is_file():
             raise KernelPackageError(
@@ -162,14 +164,80 @@ class KernelPackage:
 
 
 @dataclass(frozen=True)
+class FlashMlaPackage:
+    """A verified package with flash_mla's interface: `folder` with site/, its manifest and pip's output."""
+
+    folder: Path
+    sha256: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def site(self) -> Path:
+        """The folder to import `flash_mla` from."""
+        return self.folder / "site"
+
+    @property
+    def label(self) -> str:
+        """Name and version, e.g. "sgl-flash-mla 1.0.0"."""
+        return f"{self.manifest['name']} {self.manifest['version']}"
+
+    @classmethod
+    def load(cls, folder: Path | str) -> FlashMlaPackage:
+        """Verify every file below site/; imports nothing. Raises KernelPackageError naming what differs."""
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST)
+        missing = {"name", "version", "machine", "files", "sha256"} - manifest.keys()
+        if missing:
+            raise KernelPackageError(
+                f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; run CompileKernel again"
+            )
+        _check_machine(folder, manifest)
+        check_files(folder / "site", manifest["files"], site_files(folder / "site"))
+        sha = combined_sha256(manifest["files"])
+        if sha != manifest["sha256"]:
+            raise KernelPackageError(
+                f"{folder / MANIFEST} has sha256 {manifest['sha256']}, its files give {sha}; install it again"
+            )
+        return cls(folder, sha, manifest)
+
+
+def site_files(site: Path) -> dict[str, str]:
+    """SHA-256 of each file below `site` by its path there; Python's own caches are left out."""
+    return {
+        path.relative_to(site).as_posix(): file_sha256(path)
+        for path in sorted(site.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def check_files(where: object, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise KernelPackageError naming the first file of `where` that is missing, additional or different."""
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            raise KernelPackageError(
+                f"{path} in {where} has sha256 {found.get(path, 'none (it is missing)')}, "
+                f"the manifest says {expected.get(path, 'nothing of it')}; copy or install it again"
+            )
+
+
+def _check_machine(folder: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest["machine"] != platform.machine():
+        raise KernelPackageError(
+            f"kernel package {folder} was compiled for {manifest['machine']}, this machine is "
+            f"{platform.machine()}; build the kernel on this kind of machine"
+        )
+
+
+@dataclass(frozen=True)
 class KernelIndex:
-    """A kernel artifact: the packages built together, and why the others were not."""
+    """A kernel artifact: the compiled packages, somebody else's (or None), and why others are not in it."""
 
     folder: Path
     requested: str
     packages: Mapping[str, KernelPackage]
     skipped: Mapping[str, str]
     sha256: str
+    flash_mla: FlashMlaPackage | None = None
 
     @classmethod
     def load(cls, folder: Path | str) -> KernelIndex:
@@ -181,25 +249,32 @@ class KernelIndex:
                 f"{folder / INDEX} has schema_version {index.get('schema_version')}, "
                 f"this code reads {SCHEMA_VERSION}"
             )
-        packages = {}
+        packages: dict[str, KernelPackage] = {}
+        flash_mla: FlashMlaPackage | None = None
+        hashes: dict[str, str] = {}
         for target, entry in index.get("packages", {}).items():
-            package = KernelPackage.load(folder / target)
-            if package.target != target:
+            if target == FLASH_MLA:
+                flash_mla = FlashMlaPackage.load(folder / target)
+                hashes[target] = flash_mla.sha256
+            else:
+                package = packages[target] = KernelPackage.load(folder / target)
+                hashes[target] = package.sha256
+                if package.target != target:
+                    raise KernelPackageError(
+                        f"{folder / target} holds target {package.target!r}, expected {target!r}"
+                    )
+            if hashes[target] != entry.get("sha256"):
                 raise KernelPackageError(
-                    f"{folder / target} holds target {package.target!r}, expected {target!r}"
-                )
-            if package.sha256 != entry.get("sha256"):
-                raise KernelPackageError(
-                    f"{folder / target} has sha256 {package.sha256}, {INDEX} says {entry.get('sha256')}; "
+                    f"{folder / target} has sha256 {hashes[target]}, {INDEX} says {entry.get('sha256')}; "
                     "the artifact was mixed from two builds, build it again"
                 )
-            packages[target] = package
-        expected = combined_sha256({name: package.sha256 for name, package in packages.items()})
+        expected = combined_sha256(hashes)
         if index.get("sha256") != expected:
             raise KernelPackageError(
                 f"{folder / INDEX} has sha256 {index.get('sha256')}, its packages give {expected}"
             )
-        return cls(folder, index.get("requested", ""), packages, dict(index.get("skipped", {})), expected)
+        skipped = dict(index.get("skipped", {}))
+        return cls(folder, index.get("requested", ""), packages, skipped, expected, flash_mla)
 
 
 def combined_sha256(hashes: Mapping[str, str]) -> str:

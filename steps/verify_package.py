@@ -16,7 +16,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from kernels.package import combined_sha256
+from kernels.package import FLASH_MLA, LIBRARY, MANIFEST, combined_sha256
 from steps import aws, model_package
 from steps.job import Job, StepError, log, run
 from steps.model_package import ModelPackage
@@ -110,15 +110,33 @@ def verify_kernel(s3: Any, package: ModelPackage) -> dict[str, Any]:
             again,
         )
     for target, expected in hashes.items():
-        name = f"{target}/libmla_decode.so"
-        actual = hashlib.sha256(_read(s3, objects, name, package.kernel_uri)).hexdigest()
-        if actual != expected:
-            raise StepError(
-                f"Kernel library {name} below {package.kernel_uri} has SHA-256 {actual}, "
-                f"its index says {expected}.",
-                again,
-            )
+        for name, sha in _kernel_files(s3, objects, target, expected, package.kernel_uri).items():
+            actual = hashlib.sha256(_read(s3, objects, name, package.kernel_uri)).hexdigest()
+            if actual != sha:
+                raise StepError(
+                    f"Kernel file {name} below {package.kernel_uri} has SHA-256 {actual}, "
+                    f"its index says {sha}.",
+                    again,
+                )
     return index
+
+
+def _kernel_files(
+    s3: Any, objects: dict[str, S3Object], target: str, sha256: str, uri: str
+) -> dict[str, str]:
+    """What of a package runs, with the hashes it must have: a library, or each file that was installed."""
+    if target != FLASH_MLA:
+        return {f"{target}/{LIBRARY}": sha256}
+    files = json.loads(_read(s3, objects, f"{target}/{MANIFEST}", uri))["files"]
+    site = f"{target}/site/"
+    added = {name for name in objects if name.startswith(site)} - {site + path for path in files}
+    if combined_sha256(files) != sha256 or added:
+        raise StepError(
+            f"{uri.rstrip('/')}/{site} is not what its index says: its files give {combined_sha256(files)}, "
+            f"expected {sha256}; added files: {', '.join(sorted(added)[:3]) or 'none'}.",
+            f"The kernel was changed after it was measured. {AGAIN}",
+        )
+    return {site + path: sha for path, sha in files.items()}
 
 
 def list_objects(s3: Any, uri: str) -> list[S3Object]:
