@@ -86,6 +86,11 @@ RELEASE = (
         BACKENDS,
     ),
     Parameter(
+        "KernelSource",
+        "String",
+        "package to measure as flash_mla: builtin (none), pip requirement, or s3://….tar.gz, .zip, .whl",
+    ),
+    Parameter(
         "KvCacheDtype", "String", "storage of the latent cache while serving and measuring", CACHE_DTYPES
     ),
     Parameter(

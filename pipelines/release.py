@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sagemaker.mlops.workflow.steps import ProcessingStep
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+BUILD_MODULES = ("build.py", "targets.py", "flash_mla_install.py")
 
 
 def get_pipeline(settings: Settings) -> sdk.CanonicalPipeline:
@@ -62,13 +63,14 @@ def compile_kernel(build: Builder) -> ProcessingStep:
     """Builds the decode kernel where it will be measured.
 
     A cached step is found by its image, arguments and environment, so the machine and the sources stand in
-    the environment: a kernel built for another GPU or from other sources is never taken.
+    the environment: a kernel built for another GPU or from other sources is never taken. KernelSource counts
+    by its text: a pinned version, or an archive under a name that is never used again.
     """
     return build.job(
         "CompileKernel",
         "compile_kernel",
         description="Compile the MLA decode kernel for the target",
-        arguments={"--backend": build.p.KernelBackend},
+        arguments={"--backend": build.p.KernelBackend, "--kernel-source": build.p.KernelSource},
         outputs=("kernel",),
         property_files={"KernelIndex": ("kernel", "index.json")},
         instance_type=build.p.ProcessingInstanceType,
@@ -236,7 +238,8 @@ def kernel_sources_sha256(folder: Path = KERNELS) -> str:
     """One hash over what the build reads, so that a change of any of it misses the step cache."""
     digest = hashlib.sha256()
     sources = [path for path in (folder / "csrc").rglob("*") if path.is_file()]
-    for path in sorted([*sources, *folder.glob("build.py"), *folder.glob("targets.py")]):
+    readers = [path for name in BUILD_MODULES for path in folder.glob(name)]
+    for path in sorted([*sources, *readers]):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -91,6 +91,7 @@ def test_wildcards_agree_with_their_definition(pattern: str, text: str) -> None:
 
 RECORDED: list[tuple[str, str, str, dict[str, Any]]] = [
     ("PullModel", "secretsmanager", "GetSecretValue", {"SecretId": SECRET}),
+    ("CompileKernel", "s3", "GetObject", {"Bucket": BUCKET, "Key": "mla-pipeline/kernel-sources/x.tar.gz"}),
     ("SmokeTest", "sagemaker-runtime", "InvokeEndpoint", {"EndpointName": "mla-staging"}),
     ("RecordRelease", "secretsmanager", "GetSecretValue", {"SecretId": SECRET}),
     ("VerifyPackage", "sagemaker", "DescribeModelPackage", {"ModelPackageName": PACKAGE}),

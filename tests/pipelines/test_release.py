@@ -127,6 +127,8 @@ def test_network_keys_and_cache_reach_the_steps() -> None:
             assert cluster["VolumeKmsKeyId"] == settings.kms_key
             assert ("CacheConfig" in step) == (step["Name"] == "CompileKernel")
     assert found["CreateModel"]["Arguments"]["VpcConfig"]["SecurityGroupIds"]
+    source = found["CompileKernel"]["Arguments"]["AppSpecification"]["ContainerArguments"][2:]
+    assert source == ["--kernel-source", {"Get": "Parameters.KernelSource"}]
     environment = found["CompileKernel"]["Arguments"]["Environment"]
     assert environment["MLA_INSTANCE_TYPE"] == {"Get": "Parameters.ProcessingInstanceType"}
     assert environment["MLA_SOURCE_SHA256"] == kernel_sources_sha256()
