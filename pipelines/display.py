@@ -64,8 +64,8 @@ class Display:
 
 
 def step_line(step: Step) -> Text:
-    """A finished step: mark, name, duration, and why it failed."""
-    return _line(step.status, f"  {step.name}", step.seconds, step.failure)
+    """A finished step: mark, name, duration. Why it failed is said once, by the error that ends the command."""
+    return _line(step.status, f"  {step.name}", step.seconds)
 
 
 def summary_table(execution: Execution) -> Table:
@@ -105,9 +105,8 @@ def _row(step: Step) -> Text | Spinner:
     return Spinner("dots", Text(f"   {step.name}", style=STYLE.get(step.status, "")))
 
 
-def _line(status: str, words: str, seconds: float | None, failure: str = "") -> Text:
+def _line(status: str, words: str, seconds: float | None) -> Text:
     text = Text(MARK.get(status, " "), style=STYLE.get(status, ""))
     text.append(f" {words:<34}", style="default")
     text.append(f"{seconds:7.1f} s" if seconds is not None else "", style="dim")
-    text.append(f"  {failure}" if failure else "", style="red")
     return text

@@ -81,7 +81,8 @@ def run(
     summary.seconds["total"] = time.monotonic() - started
     _save(local.state, summary)
     if summary.status != "Succeeded":
-        raise ReleaseFailed(summary.failure, f"execution {summary.release}", "")
+        where = f"execution {summary.production or summary.release}"
+        raise ReleaseFailed(summary.failure, where, f"report: {summary.report}" if summary.report else "")
     return summary
 
 
