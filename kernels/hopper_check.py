@@ -143,31 +143,41 @@ def check_cases() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def verdict(library: Library, inputs: peers.Inputs, fp8: bool) -> tuple[bool, str]:
+    """Whether three runs agree bit for bit (a race would show) and lie within the bounds of the definition.
+
+    Bounds: 16-bit rounding of output and weights, 2^-9 each; an fp8 cache is rounded to bfloat16 as it is unpacked,
+    which moves scores by up to 2^-9 of their size.
+    """
+    runs = []
+    for _ in range(3):
+        runs.append(library.prepare(inputs)())
+        torch.cuda.synchronize()
+    out, lse = runs[0]
+    expected, expected_lse = mla_decode_reference(
+        inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, SCALE, inputs.causal
+    )
+    error = relative_error(out, expected)
+    finite = torch.isfinite(expected_lse)
+    lse_error = float((lse.double() - expected_lse)[finite].abs().max()) if finite.any() else 0.0
+    same_inf = torch.equal(torch.isposinf(lse), torch.isposinf(expected_lse))
+    same = all(torch.equal(a, out) and torch.equal(c, lse) for a, c in runs[1:])
+    passed = error < (8e-3 if fp8 else 4e-3) and lse_error < (2e-2 if fp8 else 1e-3) and same_inf and same
+    infinite = "same" if same_inf else "DIFFER"
+    bits = "same" if same else "DIFFER"
+    return passed, f"out {error:.2e} lse {lse_error:.2e} infinite lse {infinite} bits {bits}"
+
+
 def check(library: Library, fp8: bool) -> bool:
-    """Print one line a case; True when all pass. Run three times each: a race shows as differing bits."""
+    """Print one line a case; True when all pass."""
     good = True
     for name, arguments in check_cases():
         if fp8 and arguments["dtype"] != torch.bfloat16:
             continue
         inputs = make_inputs(**arguments, fp8=fp8, seed=zlib.crc32(name.encode()) % 1000)
-        runs = []
-        for _ in range(3):
-            out, lse = library.prepare(inputs)()
-            torch.cuda.synchronize()
-            runs.append((out, lse))
-        out, lse = runs[0]
-        expected, expected_lse = mla_decode_reference(
-            inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, 512, SCALE, inputs.causal
-        )
-        error = relative_error(out, expected)
-        finite = torch.isfinite(expected_lse)
-        lse_error = float((lse.double() - expected_lse)[finite].abs().max()) if finite.any() else 0.0
-        same_inf = torch.equal(torch.isposinf(lse), torch.isposinf(expected_lse))
-        same = all(torch.equal(a, out) and torch.equal(c, lse) for a, c in runs[1:])
-        passed = error < 4e-3 and lse_error < 1e-3 and same_inf and same
+        passed, text = verdict(library, inputs, fp8)
         good &= passed
-        print(f"{'ok  ' if passed else 'FAIL'} {name:26s} out {error:.2e} lse {lse_error:.2e} "
-              f"infinite lse {'same' if same_inf else 'DIFFER'} bits {'same' if same else 'DIFFER'}", flush=True)  # fmt: skip
+        print(f"{'ok  ' if passed else 'FAIL'} {name:26s} {text}", flush=True)
     return good
 
 

@@ -30,7 +30,7 @@ template <typename L>
 __device__ __forceinline__ void init_barriers(const Barriers<L>& barriers) {
   for (int stage = 0; stage < L::kStages; ++stage) {
     for (int piece = 0; piece < kPieces; ++piece) {
-      mbarrier_init(barriers.full(stage, piece), L::kFp8 ? 128 : 1);  // threads that unpack, or the copy engine
+      mbarrier_init(barriers.full(stage, piece), L::kFp8 ? L::kUnpackers : 1);  // threads that unpack, or the copy engine
       mbarrier_init(barriers.empty(stage, piece), 4);  // warps of the last reader
     }
   }

@@ -16,7 +16,7 @@
 namespace mla_hopper {
 
 template <typename T, typename L>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(L::kThreads, 1)
 mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap query_map,
                   const __grid_constant__ CUtensorMap cache_map) {
   MLA_TRACE(0);
@@ -44,7 +44,7 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
 
   const int cta = blockIdx.x;
   if (warp >= 12) {
-    shrink_registers<L::kFp8 ? 80 : 40>();
+    shrink_registers<L::kFp8 ? 88 : 32>();
     if (L::kFp8 || warp < 14) {
       const int group = cta / params.m_tiles;
       const int m_tile = cta - group * params.m_tiles;
@@ -58,7 +58,7 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
       }
     }
   } else if (warp < 4) {
-    shrink_registers<L::kFp8 ? 88 : 104>();
+    shrink_registers<L::kFp8 ? 80 : 112>();
     MLA_TRACE(1);
     const int group = cta / params.m_tiles;
     const int m_tile = cta - group * params.m_tiles;

@@ -82,12 +82,12 @@ struct RowPair {
   }
 };
 
-// Stores this thread's share of a finished tile: scale[0] for row `row`, scale[1] for row + 8.
+// Stores this thread's share of a finished tile: scale[0] for its first row, scale[1] for the eighth after it.
 template <typename T>
-__device__ __forceinline__ void store_output(const Params& params, const RowTable& table, int item, int warp, int row,
-                                             int half, int lane, const float (&o)[128], const float (&scale)[2]) {
+__device__ __forceinline__ void store_output(const Params& params, const RowTable& table, int item, int warp, int half,
+                                             int lane, const float (&o)[128], const float (&scale)[2]) {
   if (warp >= params.row_groups) return;
-  const RowPair<T> rows(params, table, item, row);
+  const RowPair<T> rows(params, table, item, warp * 16 + lane / 4);
 #pragma unroll
   for (int chunk = 0; chunk < 32; chunk += 2) {
     float4 value[2];

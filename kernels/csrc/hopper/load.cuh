@@ -26,9 +26,8 @@ __device__ __forceinline__ void load_cache(const Params& params, const CUtensorM
         const uint32_t parity = (tile / L::kStages & 1) ^ 1;
 #pragma unroll 1
         for (int piece = 0; piece < kPieces; ++piece) {
-          // Rope is slab 8, left slabs 0..3, right slabs 4..7.
-          const int slab = piece == kPieceRope ? 8 : 4 * (piece - 1);
-          const int slabs = piece == kPieceRope ? 1 : 4;
+          const int slab = first_slab(piece);
+          const int slabs = slab_count(piece);
           mbarrier_wait(barriers.empty(stage, piece), parity);
           if (tile == 0 && piece == 0) MLA_TRACE(20);
           if (lane == 0) mbarrier_expect(barriers.full(stage, piece), slabs * kSlabBytes);

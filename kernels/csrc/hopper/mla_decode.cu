@@ -111,18 +111,6 @@ int32_t check(const mla_decode_params& p, const Device& device, const Failure& f
   if (p.num_splits != 0) {
     return fail(MLA_ERROR_UNSUPPORTED, "num_splits=%d: the hopper target chooses the splits itself, pass 0", p.num_splits);
   }
-  if (device.error != cudaSuccess) {
-    return fail(MLA_ERROR_RUNTIME, "no CUDA device: %s", cudaGetErrorString(device.error));
-  }
-  if (device.major != 9 || device.minor != 0) {
-    return fail(MLA_ERROR_UNSUPPORTED,
-                "device %d has compute capability %d.%d; this library is built for 9.0 (H100, H200, GH200)", device.index,
-                device.major, device.minor);
-  }
-  if (query_tiles(p) > device.ctas) {
-    return fail(MLA_ERROR_UNSUPPORTED, "s_q * h_q = %d * %d is more than the %d query rows one launch can hold", p.s_q,
-                p.h_q, device.ctas * kTileRows);
-  }
   struct {
     const char* name;
     const void* pointer;
@@ -163,6 +151,18 @@ int32_t check(const mla_decode_params& p, const Device& device, const Failure& f
                 "q_stride_seq=%lld is not h_q * q_stride_head = %lld: the hopper target takes queries and heads as one "
                 "dimension; pass a contiguous q",
                 static_cast<long long>(p.q_stride_seq), static_cast<long long>(p.h_q * p.q_stride_head));
+  }
+  if (device.error != cudaSuccess) {
+    return fail(MLA_ERROR_RUNTIME, "no CUDA device: %s", cudaGetErrorString(device.error));
+  }
+  if (device.major != 9 || device.minor != 0) {
+    return fail(MLA_ERROR_UNSUPPORTED,
+                "device %d has compute capability %d.%d; this library is built for 9.0 (H100, H200, GH200)", device.index,
+                device.major, device.minor);
+  }
+  if (query_tiles(p) > device.ctas) {
+    return fail(MLA_ERROR_UNSUPPORTED, "s_q * h_q = %d * %d is more than the %d query rows one launch can hold", p.s_q,
+                p.h_q, device.ctas * kTileRows);
   }
   const uint64_t needed = mla_decode_workspace_bytes(&p);
   if (p.workspace_bytes < needed) {
@@ -231,12 +231,12 @@ int tuned(const char* variable, int value) {
 
 struct Variant {
   void (*function)(const Params, const CUtensorMap, const CUtensorMap);
-  int shared_bytes;
+  int threads, shared_bytes;
 };
 
 template <typename T, typename L>
 Variant variant() {
-  return {mla_decode_kernel<T, L>, L::kRequest};
+  return {mla_decode_kernel<T, L>, L::kThreads, L::kRequest};
 }
 
 Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
@@ -258,7 +258,7 @@ Params kernel_params(const mla_decode_params& p, int ctas) {
   k.row_groups = row_groups(p);
   k.most_parts = tuned("MLA_HOPPER_MOST_PARTS", k.row_groups == 1 ? 96 : (k.row_groups == 2 ? 48 : 24));
   k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
-  k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 4);
+  k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 8);
   k.causal = p.causal;
   k.max_length = static_cast<int>(std::min<int64_t>(int64_t(p.max_blocks_per_seq) * kTileTokens, 1 << 30));
   k.negative = p.softmax_scale < 0.f;
@@ -335,7 +335,7 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(device.ctas);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(variant.threads);
   config.dynamicSmemBytes = variant.shared_bytes;
   config.stream = static_cast<cudaStream_t>(p.stream);
   config.attrs = &attribute;

@@ -18,13 +18,18 @@ constexpr int kColumns = 64;             // elements of a 128-byte swizzled row
 constexpr int kSlabs = kDim / kColumns;  // [64 rows, 64 elements] slabs of a tile
 constexpr int kSlabBytes = 64 * kColumns * 2;
 constexpr int kTileBytes = kSlabs * kSlabBytes;
-constexpr int kThreads = 512;            // warpgroups: scores, two of values, producers
 constexpr int kMaxCtas = 256;            // counters kept in the workspace
 
-// A stage is filled and emptied in three pieces, each as soon as its last reader is done with it: the rope slab (read
-// for the scores only) and the latent slabs whose values warpgroup 1 and warpgroup 2 read.
-constexpr int kPieces = 3;
-constexpr int kPieceRope = 0, kPieceLeft = 1, kPieceRight = 2;
+// A stage is filled and emptied in pieces, each as soon as its last reader is done with it, in the order in which they
+// become free: the rope slab (read for the scores only), then two latent slabs at a time, of warpgroup 1's output columns
+// (slabs 0 to 3) and of warpgroup 2's (slabs 4 to 7) in turn.
+constexpr int kPieces = 5;
+constexpr int kPieceRope = 0;
+__host__ __device__ constexpr int piece_of_values(int half, int pair) { return 1 + 2 * pair + half; }
+__host__ __device__ constexpr int first_slab(int piece) {
+  return piece == kPieceRope ? 8 : 4 * ((piece - 1) % 2) + 2 * ((piece - 1) / 2);
+}
+__host__ __device__ constexpr int slab_count(int piece) { return piece == kPieceRope ? 1 : 2; }
 
 constexpr int kTokenBytesFp8 = 656;   // 512 e4m3, 4 float32 scales, 64 bfloat16
 constexpr int kRawTokens = 16;        // tokens of one copy of raw fp8 cache
@@ -35,6 +40,12 @@ constexpr int kRawBytes = kRawTokens * kTokenBytesFp8;
 template <bool kIsFp8, int kRows>
 struct Layout {
   static constexpr bool kFp8 = kIsFp8;
+  // Query slabs that warpgroup 0 keeps in registers, and whether the value warpgroups do so with the weights: shared
+  // memory's bandwidth is what the tensor cores wait for. Unpacking leaves no registers for it.
+  static constexpr int kHeld = kFp8 ? 0 : 2;
+  static constexpr bool kHoldWeights = !kFp8;
+  static constexpr int kUnpackers = kFp8 ? 128 : 0;                // threads that turn raw tokens into a stage
+  static constexpr int kThreads = 384 + (kFp8 ? kUnpackers : 128);  // warpgroups: scores, two of values, producers
   static constexpr int kStages = kFp8 && kRows > 32 ? 1 : 2;
   static constexpr int kRawSlots = !kFp8 ? 0 : (kRows == 16 ? 5 : (kRows == 32 ? 3 : 6));
   static constexpr int kQuerySlabBytes = kRows * kColumns * 2;  // wgmma reads 64 rows: past kRows, whatever follows

@@ -62,6 +62,23 @@ __device__ __forceinline__ void bulk_copy(uint32_t destination, const void* sour
       : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit elements, as an A fragment of 16 x 16: lane i gives the address of row i % 16, columns
+// 8 (i / 16) and on.
+__device__ __forceinline__ void load_fragment(uint32_t (&fragment)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Fragments of this warp's 16 rows and 64 columns of a swizzled slab.
+__device__ __forceinline__ void load_fragments(uint32_t (&fragment)[4][4], uint32_t slab, int warp, int lane) {
+  const int row = warp * 16 + (lane & 15);
+  const uint32_t address = slab + row * 128 + (((lane >> 4) ^ (row & 7)) << 4);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_fragment(fragment[k], address ^ (k << 5));
+}
+
 // Makes this thread's ordinary shared-memory writes visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
@@ -79,6 +96,13 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
 }
 __device__ __forceinline__ void add_release(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
+}
+
+// threadIdx.x % 32, read anew: what is computed from it is not kept in registers through a loop.
+__device__ __forceinline__ int lane_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(index));
+  return index;
 }
 
 template <int kRegisters>

@@ -66,17 +66,17 @@ __device__ __forceinline__ __nv_bfloat162 shifted_pair(uint32_t codes) {
   return reinterpret_cast<const __nv_bfloat162&>(bits);
 }
 
-// 16 codes times a scale given as the sum of two bfloat16 (16 bits of it), rounded once: the product with a 4-bit
-// mantissa is exact in the fused multiply-add.
+// Codes times a scale, which is held as the sum of two bfloat16 (16 bits of it) so that only the result is rounded: the
+// product with a 4-bit mantissa is exact in the fused multiply-add. A scale of 256 or more becomes infinite.
 struct Scale {
   __nv_bfloat162 high, low;
   __device__ __forceinline__ explicit Scale(float scale) {
-    const float scaled = scale * 0x1p60f;
+    const float scaled = scale * 0x1p120f;
     high = __float2bfloat162_rn(scaled);
     low = __float2bfloat162_rn(scaled - __bfloat162float(high.x));
   }
   __device__ __forceinline__ uint32_t operator()(uint32_t codes) const {
-    const __nv_bfloat162 value = __hmul2(shifted_pair(codes), __float2bfloat162_rn(0x1p60f));
+    const __nv_bfloat162 value = shifted_pair(codes);
     const __nv_bfloat162 product = __hfma2(value, high, __hmul2(value, low));
     return reinterpret_cast<const uint32_t&>(product);
   }
@@ -91,6 +91,7 @@ template <typename L>
 __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& schedule, const Barriers<L>& barriers,
                                              char* smem, uint32_t base, int thread) {
   constexpr int kQuarters = kTileTokens / kRawTokens;
+  constexpr int kTokens = kRawTokens / (L::kUnpackers / 32);  // of a warp
   const int lane = thread & 31;
   const int warp = thread / 32;
   RawFeeder feeder(params, schedule, lane);
@@ -108,20 +109,22 @@ __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& sch
       char* destination = smem + L::kCache + stage * kTileBytes;
 #pragma unroll 1
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
-        // A warp takes 4 of the 16 tokens, a lane 16 codes of each; a thread takes 8 rope values besides.
+        // A warp takes kTokens of the 16 tokens, a lane 16 codes of each; the first threads take 8 rope values besides.
         const uint8_t* raw = reinterpret_cast<const uint8_t*>(smem) + L::kRaw + slot * kRawBytes;
         mbarrier_wait(barriers.raw_full(slot), parity);
-        uint4 codes[4];
-        float scales[4];
+        uint4 codes[kTokens];
+        float scales[kTokens];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint8_t* token = raw + (warp * 4 + i) * kTokenBytesFp8;
+        for (int i = 0; i < kTokens; ++i) {
+          const uint8_t* token = raw + (warp * kTokens + i) * kTokenBytesFp8;
           codes[i] = *reinterpret_cast<const uint4*>(token + lane * 16);
           scales[i] = *reinterpret_cast<const float*>(token + kLatent + lane / 8 * 4);
         }
-        const uint4 rope =
-            *reinterpret_cast<const uint4*>(raw + thread / 8 * kTokenBytesFp8 + kLatent + 16 + (thread & 7) * 16);
-        named_sync(kRawRead, 128);
+        uint4 rope;
+        if (thread < kRawTokens * 8) {
+          rope = *reinterpret_cast<const uint4*>(raw + thread / 8 * kTokenBytesFp8 + kLatent + 16 + (thread & 7) * 16);
+        }
+        named_sync(kRawRead, L::kUnpackers);
         if (warp == 0) feeder.issue(barriers, base);
         if (++slot == L::kRawSlots) {
           slot = 0;
@@ -133,9 +136,11 @@ __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& sch
             mbarrier_wait(barriers.empty(stage, piece), (tile / L::kStages & 1) ^ 1);
           }
         }
-        store_vector(destination, quarter * kRawTokens + thread / 8, kLatent / 8 + (thread & 7), rope);
+        if (thread < kRawTokens * 8) {
+          store_vector(destination, quarter * kRawTokens + thread / 8, kLatent / 8 + (thread & 7), rope);
+        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kTokens; ++i) {
           const Scale scale(scales[i]);
           const uint32_t word[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
           uint32_t value[8];
@@ -147,7 +152,7 @@ __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& sch
           const uint4 first = make_uint4(value[0], value[1], value[2], value[3]);
           const uint4 second = make_uint4(value[4], value[5], value[6], value[7]);
           // Lanes of neighbouring slabs store their two vectors in opposite order, or they would meet in the banks.
-          const int token = quarter * kRawTokens + warp * 4 + i;
+          const int token = quarter * kRawTokens + warp * kTokens + i;
           const bool swap = lane & 4;
           store_vector(destination, token, 2 * lane + swap, swap ? second : first);
           store_vector(destination, token, 2 * lane + !swap, swap ? first : second);

@@ -51,9 +51,6 @@ __device__ __forceinline__ void accumulate_values(const Params& params, Schedule
   const float* alpha_shared = reinterpret_cast<const float*>(smem + L::kAlpha);
   const float* inverse_shared = reinterpret_cast<const float*>(smem + L::kInverse);
   const RowTable table = row_table<L>(smem);
-  const uint64_t weights = matrix_descriptor(base + L::kWeights, 16, 1024);
-
-  const int piece = half == 0 ? kPieceLeft : kPieceRight;
 
   float o[128];
   Work work;
@@ -63,37 +60,56 @@ __device__ __forceinline__ void accumulate_values(const Params& params, Schedule
     for (int t = work.first; t < work.last; ++t, ++tile) {
       const uint32_t stage = tile % L::kStages;
       const uint32_t stage_offset = L::kCache + stage * kTileBytes;
-      mbarrier_wait(barriers.full(stage, piece), tile / L::kStages & 1);
+      mbarrier_wait(barriers.full(stage, piece_of_values(half, 0)), tile / L::kStages & 1);
+      mbarrier_wait(barriers.full(stage, piece_of_values(half, 1)), tile / L::kStages & 1);
       const int used = work.length - t * kTileTokens;
       if (used < kTileTokens) clear_unused(smem + stage_offset, 4 * half, used, thread);
       named_sync(kWeightsReady, 384);
-      if (t > work.first) rescale(o, alpha_shared[row], alpha_shared[row + 8]);
+      uint32_t p[4][4];
+      if constexpr (L::kHoldWeights) load_fragments(p, base + L::kWeights, warp, lane);
+      const uint64_t weights = matrix_descriptor(base + L::kWeights, 16, 1024);
+      const float low = alpha_shared[row], high = alpha_shared[row + 8];
+      if (L::kHoldWeights && t < work.last - 1) named_arrive(kWeightsFree, 384);
+      if (t > work.first) rescale(o, low, high);
       const uint64_t values = matrix_descriptor(base + stage_offset + 4 * half * kSlabBytes, kSlabBytes, 1024);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint64_t tokens = values + (k * 2048 >> 4);
-        Wgmma<T>::template values<0>(o, weights + (k * 32 >> 4), tokens, k > 0 || t > work.first);
-        Wgmma<T>::template values<64>(o, weights + (k * 32 >> 4), tokens + (2 * kSlabBytes >> 4), k > 0 || t > work.first);
+        if constexpr (L::kHoldWeights) {
+          Wgmma<T>::template values<0>(o, p[k], values + (k * 2048 >> 4), k > 0 || t > work.first);
+        } else {
+          Wgmma<T>::template values<0>(o, weights + (k * 32 >> 4), values + (k * 2048 >> 4), k > 0 || t > work.first);
+        }
       }
       wgmma_commit();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (L::kHoldWeights) {
+          Wgmma<T>::template values<64>(o, p[k], values + ((2 * kSlabBytes + k * 2048) >> 4), k > 0 || t > work.first);
+        } else {
+          Wgmma<T>::template values<64>(o, weights + (k * 32 >> 4), values + ((2 * kSlabBytes + k * 2048) >> 4), k > 0 || t > work.first);
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      release(barriers, stage, piece_of_values(half, 0), lane);
       wgmma_wait<0>();
-      if (t < work.last - 1) named_arrive(kWeightsFree, 384);
-      release(barriers, stage, piece, lane);
+      if (!L::kHoldWeights && t < work.last - 1) named_arrive(kWeightsFree, 384);
+      release(barriers, stage, piece_of_values(half, 1), lane);
     }
 
     named_sync(kInverseReady, 384);
     const float inverse[2] = {inverse_shared[row], inverse_shared[row + 8]};
     named_arrive(kWeightsFree, 384);  // only now may warpgroup 0 run into its next item's end
     if (work.parts == 1) {
-      store_output<T>(params, table, work.item, warp, row, half, lane, o, inverse);
+      store_output<T>(params, table, work.item, warp, half, lane_index(), o, inverse);
     } else {
       const int slot = group == work.head_group;
       if (half == 0 && thread == 0) {
         reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group * params.m_tiles + m_tile, work.parts,
                                                              group - work.head_group};
       }
-      store_partial(params, cta, slot, warp, half, lane, o);
+      store_partial(params, cta, slot, warp, half, lane_index(), o);
       announce_part(params, work, m_tile, half, thread);
     }
   }

@@ -1,0 +1,158 @@
+"""The hopper target: what the compiler made of it, what it refuses, and on an H100 what it computes.
+
+Compiling needs nvcc, not a GPU; refusals come before anything touches a device, so they are tested here too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.hopper_check import Library, check_cases, make_inputs, verdict
+from kernels.package import DecodeParams
+
+SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "csrc"
+INVALID, UNSUPPORTED = 1, 2
+ADDRESS = 1 << 20  # never read: every refusal comes first
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The library and what ptxas said."""
+    path = tmp_path_factory.mktemp("hopper") / "libmla_decode.so"
+    done = subprocess.run(
+        ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC",
+         "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v", f"-I{SOURCES}",
+         str(SOURCES / "hopper" / "mla_decode.cu"), "-o", str(path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return path, done.stdout + done.stderr
+
+
+def kernel_reports(report: str) -> dict[str, tuple[int, int]]:
+    """Kernel's mangled name -> bytes of spill stores and loads."""
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    return {name: (int(a), int(b)) for name, a, b in re.findall(pattern, report, re.DOTALL)}
+
+
+@needs_nvcc
+def test_compiler_report(compiled: tuple[Path, str]) -> None:
+    """No spills with a 16-bit cache; unpacking fp8 may spill a few registers, none of them accumulators."""
+    reports = kernel_reports(compiled[1])
+    assert len(reports) == 5
+    for name, spills in reports.items():
+        limit = 128 if "LayoutILb1" in name else 0
+        assert max(spills) <= limit, f"{name} spills {spills} bytes"
+    assert "serialized" not in compiled[1], "the compiler serialised wgmma"
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's disassembler, or the one that Triton's wheel carries."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(carried) if carried.exists() else None
+    return found
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
+def test_machine_code_uses_hopper_units(compiled: tuple[Path, str]) -> None:
+    code = subprocess.run([cuobjdump(), "--dump-sass", str(compiled[0])], capture_output=True, text=True).stdout
+    kernels = code.split("Function : ")[1:]
+    assert len(kernels) == 5
+    for kernel in kernels:
+        name = kernel.split(maxsplit=1)[0]
+        assert "HGMMA.64x64x16" in kernel and "HGMMA.64x128x16" in kernel, f"{name}: no wgmma"
+        assert "UTMALDG.3D" in kernel, f"{name}: no bulk tensor copy"
+        if "LayoutILb1" in name:
+            assert "UBLKCP" in kernel, f"{name}: no bulk copy of raw tokens"
+        assert not re.search(r"\bHMMA\b", kernel), f"{name}: tensor instructions of an older generation"
+
+
+def valid_params(**changes: object) -> DecodeParams:
+    values: dict[str, object] = {
+        "struct_bytes": ctypes.sizeof(DecodeParams), "q_dtype": 1, "kv_dtype": 1, "batch": 2, "s_q": 1, "h_q": 16,
+        "kv_lora_rank": 512, "rope_dim": 64, "num_blocks": 8, "page_size": 64, "max_blocks_per_seq": 4,
+        "softmax_scale": 0.1, "q": ADDRESS, "q_stride_batch": 16 * 576, "q_stride_seq": 16 * 576,
+        "q_stride_head": 576, "kv_cache": ADDRESS, "kv_stride_block": 64 * 576, "kv_stride_token": 576,
+        "block_table": ADDRESS, "block_table_stride": 4, "cache_seqlens": ADDRESS, "out": ADDRESS,
+        "out_stride_batch": 16 * 512, "out_stride_seq": 16 * 512, "out_stride_head": 512, "lse": ADDRESS,
+        "workspace": ADDRESS, "workspace_bytes": 1 << 30,
+    }  # fmt: skip
+    return DecodeParams(**(values | changes))
+
+
+def run(library: Path, params: DecodeParams) -> tuple[int, str]:
+    error = ctypes.create_string_buffer(512)
+    status = ctypes.CDLL(str(library)).mla_decode_run(ctypes.byref(params), error, len(error))
+    return status, error.value.decode()
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"struct_bytes": 8}, INVALID, ["struct_bytes=8"]),
+        ({"page_size": 32}, UNSUPPORTED, ["page_size=32", "64"]),
+        ({"kv_lora_rank": 256}, UNSUPPORTED, ["kv_lora_rank=256", "512"]),
+        ({"q_dtype": 0, "kv_dtype": 0}, UNSUPPORTED, ["q_dtype", "float32"]),
+        ({"kv_dtype": 2}, UNSUPPORTED, ["kv_dtype", "float16", "bfloat16"]),
+        ({"kv_dtype": 3}, UNSUPPORTED, ["kv_stride_token=576", "656"]),
+        ({"num_splits": 4}, UNSUPPORTED, ["num_splits=4"]),
+        ({"q": ADDRESS + 2}, INVALID, ["q=", "16 bytes"]),
+        ({"kv_cache": 0}, INVALID, ["kv_cache is null"]),
+        ({"out": ADDRESS + 8}, INVALID, ["out=", "16 bytes"]),
+        ({"kv_stride_token": 580}, INVALID, ["kv_stride_token=580"]),
+        ({"kv_stride_token": 512}, INVALID, ["kv_stride_token=512", "576"]),
+        ({"s_q": 2, "q_stride_seq": 32 * 576}, UNSUPPORTED, ["q_stride_seq=18432", "9216"]),
+        ({"h_q": 0}, INVALID, ["h_q=0"]),
+    ],
+)
+def test_refusals_name_the_argument(
+    compiled: tuple[Path, str], changes: dict[str, int], status: int, words: list[str]
+) -> None:
+    got, message = run(compiled[0], valid_params(**changes))
+    assert got == status, message
+    assert all(word in message for word in words), message
+
+
+@needs_nvcc
+def test_empty_batch_needs_no_device(compiled: tuple[Path, str]) -> None:
+    assert run(compiled[0], valid_params(batch=0)) == (0, "")
+
+
+@needs_nvcc
+def test_workspace_grows_with_the_rows_of_a_tile(compiled: tuple[Path, str]) -> None:
+    library = ctypes.CDLL(str(compiled[0]))
+    library.mla_decode_workspace_bytes.restype = ctypes.c_uint64
+    sizes = [library.mla_decode_workspace_bytes(ctypes.byref(valid_params(h_q=h))) for h in (1, 16, 17, 64, 128)]
+    assert sizes[0] == sizes[1] < sizes[2] < sizes[3] == sizes[4]
+
+
+@pytest.mark.gpu
+@needs_nvcc
+@pytest.mark.parametrize("fp8", [False, True], ids=["16bit", "fp8"])
+@pytest.mark.parametrize(("name", "arguments"), check_cases(), ids=[name for name, _ in check_cases()])
+def test_matches_the_definition(
+    compiled: tuple[Path, str], name: str, arguments: dict[str, object], fp8: bool
+) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    if fp8 and arguments["dtype"] != torch.bfloat16:
+        pytest.skip("an fp8 cache takes bfloat16 queries")
+    passed, text = verdict(Library(compiled[0]), make_inputs(**arguments, fp8=fp8), fp8)  # type: ignore[arg-type]
+    assert passed, f"{name}: {text}"
