@@ -64,7 +64,7 @@ class Display:
 
 
 def step_line(step: Step) -> Text:
-    """A finished step: mark, name, duration. Why it failed is said once, by the error that ends the command."""
+    """A finished step: mark, name, duration. Why it failed is said once, at the end."""
     return _line(step.status, f"  {step.name}", step.seconds)
 
 
