@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,22 +38,28 @@ print(time.perf_counter() - started)
 
 @dataclass(frozen=True)
 class Measured:
-    """One command: wall seconds, peak proportional set size of its process tree in bytes, exit status."""
+    """One command: wall seconds, peak proportional set size of its process tree in bytes, status, output."""
 
     seconds: float
     peak_bytes: int
     status: int
+    output: str
 
 
 def measure(command: Sequence[str]) -> Measured:
-    """Run a command to its end, its output passed through."""
+    """Run a command to its end; its output is shown and kept."""
     started = time.monotonic()
-    process = subprocess.Popen(list(command))
     peak = 0
-    while process.poll() is None:
-        peak = max(peak, sum(map(_pss, tree(process.pid))))
-        time.sleep(SAMPLE_SECONDS)
-    return Measured(time.monotonic() - started, peak, process.returncode)
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(list(command), stdout=out)
+        while process.poll() is None:
+            peak = max(peak, sum(map(_pss, tree(process.pid))))
+            time.sleep(SAMPLE_SECONDS)
+        seconds = time.monotonic() - started
+        out.seek(0)
+        output = out.read()
+    print(output)
+    return Measured(seconds, peak, process.returncode, output)
 
 
 def tree(pid: int) -> list[int]:
@@ -140,6 +147,7 @@ def main() -> None:
     RESULTS.write_text(
         "\n".join(["# The local run, measured", "", when, "", *table, "", "## Steps", "", *steps, ""])
     )
+    readme.renew("output", f"```\n{run.output.replace(f'{Path.cwd()}/', '').strip()}\n```")
     readme.renew("measured", "\n".join([*table, "", when]))
     print(RESULTS.read_text())
 
