@@ -55,6 +55,21 @@ class Aws:
         """Objects."""
         return self.session.client("s3")
 
+    @cached_property
+    def cloudformation(self) -> Any:
+        """Stacks."""
+        return self.session.client("cloudformation")
+
+    @cached_property
+    def cloudwatch(self) -> Any:
+        """Alarms."""
+        return self.session.client("cloudwatch")
+
+    @cached_property
+    def quotas(self) -> Any:
+        """Service quotas."""
+        return self.session.client("service-quotas")
+
 
 def is_missing(error: Any) -> bool:
     """Whether a ClientError says that the resource does not exist; services spell it differently."""

@@ -21,12 +21,14 @@ TARGET = "production-pipeline"
 
 @dataclass(frozen=True)
 class Change:
-    """One resource: what it is, what to do with it."""
+    """One resource: what it is, what to do with it; for a pipeline also the old and the new definition."""
 
     kind: str
     name: str
     action: Literal["create", "update", "keep"]
     apply: Callable[[], None] = field(repr=False, compare=False)
+    before: str = field(default="", repr=False)
+    after: str = field(default="", repr=False)
 
 
 def render(settings: Settings) -> dict[str, Any]:
@@ -98,11 +100,19 @@ def _plan_group(aws: Aws, name: str) -> Change:
 
 def _plan_pipeline(aws: Aws, settings: Settings, pipeline: Any) -> Change:
     there = _found(aws.sagemaker.describe_pipeline, PipelineName=pipeline.name)
-    same = there and json.loads(there["PipelineDefinition"]) == json.loads(pipeline.definition())
+    before, after = there["PipelineDefinition"] if there else "", pipeline.definition()
+    same = there and json.loads(before) == json.loads(after)
     action: Literal["create", "update", "keep"] = "create" if not there else "update"
     if same and there["RoleArn"] == settings.role:
         action = "keep"
-    return Change("pipeline", pipeline.name, action, lambda: pipeline.upsert(role_arn=settings.role))
+    return Change(
+        "pipeline",
+        pipeline.name,
+        action,
+        lambda: pipeline.upsert(role_arn=settings.role),
+        before,
+        after,
+    )
 
 
 def _plan_rule(aws: Aws, settings: Settings) -> Change:

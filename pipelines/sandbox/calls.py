@@ -1,7 +1,7 @@
 """The calls that reached this account: who asked for what, as IAM would have to allow it.
 
-A job's access key id is its own name, so a request's credential scope tells callers apart; steps, rules and the
-service's own file transfers are added where they happen. `tests/config` walks the log against the roles of
+A job's access key id is its own name, so a request's credential scope tells callers apart; steps, rules and
+the service's own file transfers are added where they happen. `tests/e2e` walks the log against the roles of
 config/infrastructure.yaml.
 """
 
@@ -65,7 +65,7 @@ class CallLog:
             return list(self._calls.values())
 
     def see(self, environ: dict[str, Any]) -> None:
-        """Note an HTTP request; its body stays readable. Unsigned requests and those in no known form pass."""
+        """Note an HTTP request; its body stays readable. An unsigned one, or of no known form, passes."""
         signed = _CREDENTIAL.search(environ.get("HTTP_AUTHORIZATION", ""))
         if not signed:
             return

@@ -74,6 +74,9 @@ class Front:
         if target == "AWSEvents.PutEvents" and self._put_events:
             put_events = self._put_events
             return lambda body: _json(put_events(json.loads(body)))
+        if target.startswith("ServiceQuotas"):
+            operation = f"service-quotas:{target.split('.', 1)[1]}"
+            return lambda body: _json_error(not_emulated(operation, "Only a real account has quotas."))
         scope = _scope(environ)
         match = _INVOCATION.fullmatch(path)
         if match and scope in ("sagemaker", ""):

@@ -52,7 +52,8 @@ def _context(operation: str, parameters: Parameters) -> dict[str, str]:
 
 
 def _named(kind: str, key: str) -> Callable[[Parameters, str], list[str]]:
-    return lambda parameters, arn: [f"{arn}{kind}/{parameters[key]}".lower()]
+    """A resource that the request names; some requests take its ARN as well."""
+    return lambda parameters, arn: [f"{arn}{kind}/{parameters[key].removeprefix(f'{arn}{kind}/')}".lower()]
 
 
 def _package(parameters: Parameters, arn: str) -> list[str]:
