@@ -1,8 +1,8 @@
-"""Check and time the Hopper library on an H100, in one call: `python -m kernels.hopper_check --library FILE ...`.
+"""Check and time the Hopper library on an H100 in one call: `python -m kernels.hopper_check --library FILE`.
 
-`--check` compares small cases with the float64 definition; `--time` measures ours and the peers that can be imported,
-interleaved, each as a CUDA graph, with a cold and a warm L2. It drives the C ABI directly, so that a library can be
-tried before it is packaged.
+`--check` compares small cases with the float64 definition; `--time` measures ours and the peers that can be
+imported, interleaved, each as a CUDA graph, with a cold and a warm L2. It drives the C ABI directly, so that
+a library can be tried before it is packaged.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import ctypes
 import json
 import os
 import random
-import statistics
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from kernels import peers
 from kernels.package import DecodeParams
 from kernels.reference import mla_decode_reference, quantize_fp8_ds_mla
+from kernels.timing import quantile
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 SCALE = 192**-0.5
@@ -47,8 +48,9 @@ class Library:
         params = DecodeParams(
             struct_bytes=ctypes.sizeof(DecodeParams), q_dtype=DTYPES[q.dtype], kv_dtype=DTYPES[cache.dtype],
             batch=b, s_q=s_q, h_q=h_q, kv_lora_rank=512, rope_dim=64, num_blocks=cache.shape[0],
-            page_size=cache.shape[1], max_blocks_per_seq=inputs.block_table.shape[1], causal=int(inputs.causal),
-            softmax_scale=inputs.softmax_scale, q=q.data_ptr(), q_stride_batch=q.stride(0), q_stride_seq=q.stride(1),
+            page_size=cache.shape[1], max_blocks_per_seq=inputs.block_table.shape[1],
+            causal=int(inputs.causal), softmax_scale=inputs.softmax_scale,
+            q=q.data_ptr(), q_stride_batch=q.stride(0), q_stride_seq=q.stride(1),
             q_stride_head=q.stride(2), kv_cache=cache.data_ptr(), kv_stride_block=cache.stride(0),
             kv_stride_token=cache.stride(1), block_table=inputs.block_table.data_ptr(),
             block_table_stride=inputs.block_table.stride(0), cache_seqlens=inputs.cache_seqlens.data_ptr(),
@@ -144,10 +146,10 @@ def check_cases() -> list[tuple[str, dict[str, Any]]]:
 
 
 def verdict(library: Library, inputs: peers.Inputs, fp8: bool) -> tuple[bool, str]:
-    """Whether three runs agree bit for bit (a race would show) and lie within the bounds of the definition.
+    """Whether three runs agree bit for bit (a race would show) and lie within bounds of the definition.
 
-    Bounds: 16-bit rounding of output and weights, 2^-9 each; an fp8 cache is rounded to bfloat16 as it is unpacked,
-    which moves scores by up to 2^-9 of their size.
+    Bounds: 16-bit rounding of output and weights, 2^-9 each; an fp8 cache is rounded to bfloat16 as it is
+    unpacked, which moves scores by up to 2^-9 of their size.
     """
     runs = []
     for _ in range(3):
@@ -216,58 +218,99 @@ def time_graphs(
     return {name: sorted(1e3 * a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
 
 
-def floor_us(b: int, s_q: int, lengths: list[int], h_q: int, token_bytes: int) -> float:
-    """Bytes over 2.75 TB/s or operations over 788 TFLOP/s, as peers_h100.json has it."""
+def floor_us(s_q: int, lengths: list[int], h_q: int, token_bytes: int) -> float:
+    """Bytes over 2.75 TB/s or operations over 788 TFLOP/s, both measured on an H100 with large inputs."""
     tokens = sum(lengths)
-    return max((tokens * token_bytes + b * s_q * h_q * 2176) / 2.75e6, 2176 * tokens * h_q * s_q / 788e6)
+    moved = tokens * token_bytes + len(lengths) * s_q * h_q * 2176
+    return max(moved / 2.75e6, 2176 * tokens * h_q * s_q / 788e6)
 
 
-def time_cases(
-    library: Library, cases: list[tuple[int, int, int, int]], variants: dict[str, dict[str, str]], names: list[str],
-    rounds: int, warm: bool, fp8: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Time (b, s_q, s_k, h_q) cases; `variants` are settings of the environment for a tuning build of ours."""
-    largest = max(b * ((s_k + 63) // 64) for b, _, s_k, _ in cases)
-    width = 656 if fp8 else 576
-    pool = torch.empty(largest, 64, 1, width, device="cuda", dtype=torch.uint8 if fp8 else torch.bfloat16)
+@dataclass(frozen=True)
+class TimedCase:
+    """A batch to time: the rows' lengths, queries of each, heads."""
+
+    name: str
+    lengths: list[int]
+    s_q: int
+    h_q: int
+
+    @classmethod
+    def parse(cls, text: str) -> TimedCase:
+        """`b,s_q,s_k,h_q`, `normal,b,s_q,mean,h_q` (lengths from N(mean, mean / 2)) or `tail`."""
+        if text == "tail":
+            return cls("long tail", [4641, 45118, 1730, 1696], 4, 16)
+        kind, *numbers = text.split(",") if text.startswith("normal") else ("uniform", *text.split(","))
+        b, s_q, s_k, h_q = map(int, numbers)
+        if kind == "uniform":
+            return cls(f"b{b} s{s_k}", [s_k] * b, s_q, h_q)
+        rng = random.Random(0)
+        lengths = [max(s_q, round(rng.normalvariate(s_k, s_k / 2))) for _ in range(b)]
+        return cls(f"b{b} N({s_k}, {s_k // 2})", lengths, s_q, h_q)
+
+    @property
+    def pages(self) -> int:
+        return (max(self.lengths) + 63) // 64
+
+
+def make_pool(pages: int, fp8: bool) -> Tensor:
+    """Pages of random tokens."""
+    width, dtype = (656, torch.uint8) if fp8 else (576, torch.bfloat16)
+    pool = torch.empty(pages, 64, 1, width, device="cuda", dtype=dtype)
     for part in pool.split(4096):
         if fp8:
             part.copy_(quantize_fp8_ds_mla(torch.randn(*part.shape[:3], 576, device="cuda")))
         else:
             part.normal_()
+    return pool
+
+
+def time_cases(
+    library: Library, cases: list[TimedCase], variants: dict[str, dict[str, str]], names: list[str],
+    rounds: int,
+    warm: bool, fp8: bool, out: Path | None,
+) -> None:  # fmt: skip
+    """Print medians, and write quantiles to `out`; `variants` are environments for a tuning build of ours."""
+    pool = make_pool(max(len(case.lengths) * case.pages for case in cases), fp8)
     flush = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-    results = []
-    for b, s_q, s_k, h_q in cases:
-        pages = (s_k + 63) // 64
-        table = torch.randperm(b * pages, device="cuda").int().view(b, pages)
-        q = torch.randn(b, s_q, h_q, 576, device="cuda", dtype=torch.bfloat16)
-        inputs = peers.Inputs(
-            q, pool[: b * pages], table, torch.full((b,), s_k, dtype=torch.int32, device="cuda"), SCALE
-        )
+    for case in cases:
+        b = len(case.lengths)
+        count = b * case.pages
+        table = torch.randperm(count, device="cuda").int().view(b, case.pages)
+        q = torch.randn(b, case.s_q, case.h_q, 576, device="cuda", dtype=torch.bfloat16)
+        lengths = torch.tensor(case.lengths, dtype=torch.int32, device="cuda")
+        inputs = peers.Inputs(q, pool[:count], table, lengths, SCALE)
         graphs = {}
         keep = []
         for variant, settings in variants.items():
             os.environ.update(settings)
             chosen = Library(Path(settings["LIBRARY"])) if "LIBRARY" in settings else library
-            run = chosen.prepare(inputs)
-            keep.append(run)
-            graphs[variant] = capture(run)
+            keep.append(chosen.prepare(inputs))
+            graphs[variant] = capture(keep[-1])
             for key in settings:
                 del os.environ[key]
         for name in names:
-            run = peers.prepare(name, inputs)
-            keep.append(run)
-            graphs[name] = capture(run)
+            keep.append(peers.prepare(name, inputs))
+            graphs[name] = capture(keep[-1])
         counter = torch.zeros(1, device="cuda")
         graphs["nothing"] = capture(lambda counter=counter: counter.add_(1))
-        row: dict[str, Any] = {"b": b, "s_q": s_q, "s_k": s_k, "h_q": h_q}
-        row["floor"] = round(floor_us(b, s_q, [s_k] * b, h_q, 656 if fp8 else 1152), 1)
+        token_bytes = 656 if fp8 else 1152
+        row: dict[str, Any] = {"case": case.name, "s_q": case.s_q, "h_q": case.h_q, "fp8": fp8}
+        row["floor"] = round(floor_us(case.s_q, case.lengths, case.h_q, token_bytes), 1)
         for label, buffer in (("cold", flush), ("warm", None)) if warm else (("cold", flush),):
             times = time_graphs(graphs, buffer, rounds)
-            row[label] = {name: round(statistics.median(values), 2) for name, values in times.items()}
-        results.append(row)
-        print(json.dumps(row), flush=True)
-    return results
+            row[label] = {
+                name: [round(quantile(values, f), 1) for f in (0.2, 0.5, 0.8)]
+                for name, values in times.items()
+            }
+        if out is not None:
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        medians = {
+            label: {name: q[1] for name, q in row[label].items()}
+            for label in ("cold", "warm")
+            if label in row
+        }
+        print(json.dumps({key: row[key] for key in ("case", "s_q", "h_q", "floor")} | medians), flush=True)
 
 
 def main() -> int:
@@ -278,7 +321,8 @@ def main() -> int:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--time", help="cases b,s_q,s_k,h_q separated by blanks")
+    parser.add_argument("--time", help="cases separated by blanks, see TimedCase.parse")
+    parser.add_argument("--out", type=Path, help="file to append the results to, one JSON object a line")
     parser.add_argument("--variants", default='{"ours": {}}', help="JSON: name -> environment")
     options = parser.parse_args()
     library = Library(options.library)
@@ -292,10 +336,9 @@ def main() -> int:
                 print(f"{name}: {reason}")
             else:
                 names.append(name)
-        cases = [tuple(map(int, text.split(","))) for text in options.time.split()]
-        time_cases(
-            library, cases, json.loads(options.variants), names, options.rounds, options.warm, options.fp8
-        )  # type: ignore[arg-type]
+        cases = [TimedCase.parse(text) for text in options.time.split()]
+        variants = json.loads(options.variants)
+        time_cases(library, cases, variants, names, options.rounds, options.warm, options.fp8, options.out)
     return 0
 
 

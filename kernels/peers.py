@@ -1,9 +1,9 @@
 """The public MLA decode kernels this package is measured against, behind one interface.
 
-`flash_mla` is PyPI's `sgl-flash-mla` (FlashMLA's dense decode for Hopper, its legacy path) and `fa3` PyPI's `fa3-fwd`
-(FlashAttention-3 with `qv`). Both are optional: `unavailable` says why one cannot be used. Each `prepare` does outside
-of the timed call what a serving engine can do once for all layers of a step, the tile schedule; `fresh_schedule=True`
-puts it into the call, as happens when the lengths have changed.
+`flash_mla` is PyPI's `sgl-flash-mla` (FlashMLA's dense decode for Hopper, its legacy path), `fa3` PyPI's
+`fa3-fwd` (FlashAttention-3 with `qv`). Both are optional: `unavailable` says why one cannot be used. `prepare`
+does outside of the timed call what a serving engine can do once for all layers of a step, the tile schedule;
+`fresh_schedule=True` puts it into the call, as happens when the lengths have changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Run = Callable[[], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """One problem: q [b, s_q, h_q, 576], k_cache [blocks, 64, 1, 576], block_table [b, pages], cache_seqlens [b]."""
+    """One problem: q [b, s_q, h_q, 576], k_cache [blocks, 64, 1, 576], block_table [b, pages]."""
 
     q: Tensor
     k_cache: Tensor
@@ -49,7 +49,7 @@ def _flash_mla(inputs: Inputs, fresh_schedule: bool) -> Run:
 
 
 def _fa3(inputs: Inputs, fresh_schedule: bool) -> Run:
-    """Contiguous cache: the wheel has no paged path, so row i reads the i-th stretch of the pool, whatever its pages."""
+    """The wheel has no paged path, so row i reads the i-th stretch of the pool, whatever its pages."""
     module = importlib.import_module("fa3_fwd_interface")
     b, s_q, h_q, _ = inputs.q.shape
     capacity = inputs.block_table.shape[1] * inputs.k_cache.shape[1]

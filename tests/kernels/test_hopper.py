@@ -29,8 +29,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The library and what ptxas said."""
     path = tmp_path_factory.mktemp("hopper") / "libmla_decode.so"
     done = subprocess.run(
-        ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC",
-         "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v", f"-I{SOURCES}",
+        ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler",
+         "-fPIC", "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v", f"-I{SOURCES}",
          str(SOURCES / "hopper" / "mla_decode.cu"), "-o", str(path)],
         capture_output=True, text=True,
     )  # fmt: skip
@@ -71,12 +71,15 @@ def cuobjdump() -> str | None:
 @needs_nvcc
 @pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
 def test_machine_code_uses_hopper_units(compiled: tuple[Path, str]) -> None:
-    code = subprocess.run([cuobjdump(), "--dump-sass", str(compiled[0])], capture_output=True, text=True).stdout
+    code = subprocess.run(
+        [cuobjdump(), "--dump-sass", str(compiled[0])], capture_output=True, text=True
+    ).stdout
     kernels = code.split("Function : ")[1:]
     assert len(kernels) == 5
     for kernel in kernels:
         name = kernel.split(maxsplit=1)[0]
-        assert "HGMMA.64x64x16" in kernel and "HGMMA.64x128x16" in kernel, f"{name}: no wgmma"
+        assert "HGMMA.64x64x16" in kernel, f"{name}: no wgmma for the scores"
+        assert "HGMMA.64x128x16" in kernel, f"{name}: no wgmma for the values"
         assert "UTMALDG.3D" in kernel, f"{name}: no bulk tensor copy"
         if "LayoutILb1" in name:
             assert "UBLKCP" in kernel, f"{name}: no bulk copy of raw tokens"
@@ -85,7 +88,8 @@ def test_machine_code_uses_hopper_units(compiled: tuple[Path, str]) -> None:
 
 def valid_params(**changes: object) -> DecodeParams:
     values: dict[str, object] = {
-        "struct_bytes": ctypes.sizeof(DecodeParams), "q_dtype": 1, "kv_dtype": 1, "batch": 2, "s_q": 1, "h_q": 16,
+        "struct_bytes": ctypes.sizeof(DecodeParams), "q_dtype": 1, "kv_dtype": 1, "batch": 2, "s_q": 1,
+        "h_q": 16,
         "kv_lora_rank": 512, "rope_dim": 64, "num_blocks": 8, "page_size": 64, "max_blocks_per_seq": 4,
         "softmax_scale": 0.1, "q": ADDRESS, "q_stride_batch": 16 * 576, "q_stride_seq": 16 * 576,
         "q_stride_head": 576, "kv_cache": ADDRESS, "kv_stride_block": 64 * 576, "kv_stride_token": 576,
@@ -139,7 +143,9 @@ def test_empty_batch_needs_no_device(compiled: tuple[Path, str]) -> None:
 def test_workspace_grows_with_the_rows_of_a_tile(compiled: tuple[Path, str]) -> None:
     library = ctypes.CDLL(str(compiled[0]))
     library.mla_decode_workspace_bytes.restype = ctypes.c_uint64
-    sizes = [library.mla_decode_workspace_bytes(ctypes.byref(valid_params(h_q=h))) for h in (1, 16, 17, 64, 128)]
+    sizes = [
+        library.mla_decode_workspace_bytes(ctypes.byref(valid_params(h_q=h))) for h in (1, 16, 17, 64, 128)
+    ]
     assert sizes[0] == sizes[1] < sizes[2] < sizes[3] == sizes[4]
 
 
