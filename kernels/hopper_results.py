@@ -18,13 +18,14 @@ HEAD = """# The hopper target against FlashMLA and FlashAttention-3
 Written by `python -m kernels.hopper_results` from one run of `python -m kernels.hopper_check --peers --warm`.
 
 {machine}.
-Microseconds, median (p20-p80) of {rounds} CUDA graph replays; the three kernels interleaved in one process;
-bfloat16, pages of 64 tokens in random order (FlashAttention-3's wheel has no paged path and reads a
-contiguous cache). Cold: 256 MiB are overwritten before every replay. Ours computes its schedule in every run; the peers'
-schedules (FlashMLA's metadata, FlashAttention-3's scheduler metadata) were made before the timed graph, which
-favours them. A graph with one trivial kernel takes {nothing} in this harness. Floor: bytes at 2.75 TB/s or
-operations at 788 TFLOP/s, whichever is longer; both rates were measured with large inputs, and reads alone go
-slightly faster. Ratio: ours over the faster peer; **bold** where ours is slower.
+Microseconds, median (p20-p80) of {rounds} CUDA graph replays; the three kernels interleaved in one
+process; bfloat16, pages of 64 tokens in random order (FlashAttention-3's wheel has no paged path
+and reads a contiguous cache). Cold: 256 MiB are overwritten before every replay. Ours computes its
+schedule in every run; the peers' schedules (FlashMLA's metadata, FlashAttention-3's scheduler
+metadata) were made before the timed graph, which favours them. A graph with one trivial kernel
+takes {nothing} in this harness. Floor: bytes at 2.75 TB/s or operations at 788 TFLOP/s, whichever
+is longer; both rates were measured with large inputs, and reads alone go slightly faster. Ratio:
+ours over the faster peer; **bold** where ours is slower.
 """
 
 

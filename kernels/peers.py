@@ -1,9 +1,10 @@
 """The public MLA decode kernels this package is measured against, behind one interface.
 
-`flash_mla` is PyPI's `sgl-flash-mla` (FlashMLA's dense decode for Hopper, its legacy path), `fa3` PyPI's
-`fa3-fwd` (FlashAttention-3 with `qv`). Both are optional: `unavailable` says why one cannot be used. `prepare`
-does outside of the timed call what a serving engine can do once for all layers of a step, the tile schedule;
-`fresh_schedule=True` puts it into the call, as happens when the lengths have changed.
+`flash_mla` is PyPI's `sgl-flash-mla` (FlashMLA's dense decode for Hopper, its legacy path), `fa3`
+PyPI's `fa3-fwd` (FlashAttention-3 with `qv`). Both are optional: `unavailable` says why one cannot
+be used. `prepare` does outside of the timed call what a serving engine can do once for all layers
+of a step, the tile schedule; `fresh_schedule=True` puts it into the call, as happens when the
+lengths have changed.
 """
 
 from __future__ import annotations
