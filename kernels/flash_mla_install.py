@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -131,8 +132,9 @@ def check_interface(site: Path, folder: Path) -> str:
         if done.returncode == 0:
             _require(json.loads(done.stdout.splitlines()[-1]))
             return "imported"
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1] if done.returncode > 0 and lines else f"exit code {done.returncode}"
+        # A loader's error hides what caused it: name every exception of the traceback, the first cause first.
+        causes = dict.fromkeys(re.findall(r"^\w[\w.]*(?:Error|Exception): .*", done.stderr, re.MULTILINE))
+        reason = "; ".join(causes).replace(str(site), "site") or f"exit code {done.returncode}"
     if spec.origin.endswith(".py"):
         names = _names(Path(spec.origin))
         _require([name for name in FLASH_MLA_INTERFACE if not names & {name, "*"}])
@@ -187,6 +189,14 @@ def _pip(command: str, *options: str, log: TextIO, say: Say, folder: Path) -> No
             process.kill()
             raise
     if process.returncode:
-        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         tail = "\n".join(lines[-20:])
-        raise BuildError(f"pip {command} failed: {errors[-1] if errors else process.returncode}\n{tail}")
+        raise BuildError(f"pip {command} failed: {_cause(lines)}\n{tail}")
+
+
+def _cause(lines: list[str]) -> str:
+    """The line of pip's output that says why: the last of the build's own, else pip's last error."""
+    ends = [number for number, line in enumerate(lines) if line.strip() == "[end of output]"]
+    if ends:
+        return lines[ends[0] - 1].strip()
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines)[-1]

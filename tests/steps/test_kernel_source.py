@@ -157,7 +157,7 @@ def test_a_requirement_that_pip_cannot_satisfy_leaves_nothing(
 def test_a_failing_build_shows_the_compilers_words(tmp_path: Path, bucket: Any) -> None:
     files = fake.sources() | {"flash-mla/setup.py": "raise SystemExit('no header flash.h')"}
     bucket("x.tar.gz", fake.tar_gz(files))
-    with pytest.raises(StepError, match=r"(?s)'s3://sources/x.tar.gz' cannot be used: .*no header flash\.h"):
+    with pytest.raises(StepError, match=r"cannot be used: pip wheel failed: no header flash\.h\. Give"):
         compiled(tmp_path, "s3://sources/x.tar.gz")
 
 

@@ -138,3 +138,32 @@ def test_an_empty_weight_file_is_named(account, tmp_path):
     s3.put_object(Bucket="models", Key="model/artifacts/checkpoint/model.safetensors", Body=b"")
     with pytest.raises(StepError, match=r"Empty weight files .*model\.safetensors"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize("change", [None, "edited", "added", "manifest"])
+def test_every_file_of_an_installed_package_is_verified(account, tmp_path, change):
+    s3, registry = account
+    body = b"def flash_mla_with_kvcache(): ..."
+    files = {"flash_mla/__init__.py": hashlib.sha256(body).hexdigest()}
+    sha = combined_sha256(files)
+    whole = combined_sha256({"flash_mla": sha})
+    index = INDEX | {"packages": {"flash_mla": {"sha256": sha}}, "sha256": whole}
+    objects = {
+        "index.json": json.dumps(index).encode(),
+        "flash_mla/manifest.json": json.dumps({"files": files}).encode(),
+        "flash_mla/site/flash_mla/__init__.py": body,
+    }
+    if change == "edited":
+        objects["flash_mla/site/flash_mla/__init__.py"] = b"evil"
+    elif change == "added":
+        objects["flash_mla/site/torch.py"] = b"evil"
+    elif change == "manifest":
+        objects["flash_mla/manifest.json"] = json.dumps({"files": {}}).encode()
+    for key, value in objects.items():
+        s3.put_object(Bucket="models", Key=f"kernel/{key}", Body=value)
+    registry(metadata={"KernelSha256": whole})
+    if change is None:
+        assert verify(tmp_path)["kernel"]["targets"] == ["flash_mla"]
+    else:
+        with pytest.raises(StepError, match=r"__init__\.py .* has SHA-256|is not what its index says"):
+            verify(tmp_path)
