@@ -62,6 +62,16 @@ def report(chain: Chain) -> Report:
     # What an option asks for that this run does not use: sources of a kernel from the bucket (KernelSource).
     source = {"Bucket": settings.bucket, "Key": f"{settings.prefix}/kernel-sources/mine.tar.gz"}
     optional = [("CompileKernel", "s3", operation, source) for operation in ("HeadObject", "GetObject")]
+    # And what Evaluate asks once there is a version in production, which only a second release meets.
+    optional += [
+        ("Evaluate", "sagemaker", operation, parameters)
+        for operation, parameters in (
+            ("DescribeEndpoint", {"EndpointName": "mla-production"}),
+            ("DescribeEndpointConfig", {"EndpointConfigName": "mla-models-v1-0123456789"}),
+            ("DescribeModel", {"ModelName": "mla-models-v1-0123456789"}),
+            ("DescribeModelPackage", {"ModelPackageName": chain.summary.model_package_arn}),
+        )
+    ]
     return walk(
         (permission for one in [*recorded, *optional] for permission in calls(*one, **where)), rendered
     )
