@@ -7,11 +7,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+# torch is imported in the functions, so that looking at the module costs no second.
 MODULE = """
-import torch
-
-
 def get_mla_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k):
+    import torch
+
     return torch.zeros(1, 8, dtype=torch.int32), torch.zeros(len(cache_seqlens) + 1, dtype=torch.int32)
 
 
@@ -19,6 +19,8 @@ def flash_mla_with_kvcache(
     q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits,
     softmax_scale=None, causal=False,
 ):
+    import torch
+
     if q.device.type != "cpu":
         raise RuntimeError("this flash_mla runs on a CPU only")
     b, s_q, h_q, _ = q.shape
