@@ -105,7 +105,8 @@ class Attention(nn.Module):
         q = torch.cat((q_nope, rotate(q_rope, rotation)), dim=-1)
         k = torch.cat((k_nope, k_rope), dim=-1)
         v = F.pad(v, (0, q.shape[-1] - c.v_head_dim))  # equal widths take the fused kernel
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(out.transpose(1, 2)[..., : c.v_head_dim].flatten(2))
 
 
@@ -135,7 +136,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.c = c
         self.gate = nn.Linear(c.hidden_size, c.n_routed_experts, bias=False)
-        self.gate.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
+        self.gate.e_score_correction_bias = nn.Buffer(torch.zeros(c.n_routed_experts))
         self.experts = nn.ModuleList(
             Mlp(c.hidden_size, c.moe_intermediate_size) for _ in range(c.n_routed_experts)
         )
@@ -144,7 +145,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         c, rows = self.c, x.flatten(0, -2)
         scores = self.gate(rows).sigmoid()
-        bias = self.gate.e_score_correction_bias
+        bias: Tensor = self.gate.e_score_correction_bias  # type: ignore[assignment]
         chosen = (scores.detach() + bias).topk(c.num_experts_per_tok, dim=-1).indices
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
         weights = scores * mask

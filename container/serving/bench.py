@@ -201,8 +201,17 @@ V2_LITE: dict[str, Any] = {
 }
 
 
+def _profile(engine: Engine, context: int, batch: int) -> None:
+    """Prints where the GPU's time goes in a few decode steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        engine.decode_step_times(context, batch, 4, prefill=False)
+    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=60))
+
+
 def measure_gpu(
-    batches: list[int], contexts: list[int], steps: int, backend: str, kernel_dir: Path | None
+    batches: list[int], contexts: list[int], steps: int, backend: str, kernel_dir: Path | None, profile: bool
 ) -> str:
     """The engine alone, random weights in DeepSeek-V2-Lite's shape, on a GPU: a Markdown table."""
     device = torch.device("cuda")
@@ -228,6 +237,8 @@ def measure_gpu(
         for batch in batches:
             engine.decode_step_times(context, batch, 4, prefill=False)
             times = sorted(engine.decode_step_times(context, batch, steps, prefill=False))
+            if profile:
+                _profile(engine, context, batch)
             graphs, engine._graphs = engine._graphs, None
             engine.decode_step_times(context, batch, 2, prefill=False)
             eager = statistics.median(engine.decode_step_times(context, batch, 8, prefill=False))
@@ -290,10 +301,13 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="the engine alone, in DeepSeek-V2-Lite's shape")
     parser.add_argument("--backend", default="auto", help="of --gpu")
     parser.add_argument("--kernel-dir", type=Path, help="compiled kernels for --gpu; default: build them")
+    parser.add_argument("--profile", action="store_true", help="print the kernels' times of --gpu")
     options = parser.parse_args()
     if options.gpu:
         contexts = [1024, 8192] if options.context == CONTEXT else [options.context]
-        text = measure_gpu(options.batch, contexts, options.steps, options.backend, options.kernel_dir)
+        text = measure_gpu(
+            options.batch, contexts, options.steps, options.backend, options.kernel_dir, options.profile
+        )
         options.out.write_text("# Decode speed of the engine on a GPU\n\n" + text)
         return 0
     results = [r for name in MODELS for r in measure(name, options.batch, options.context, options.steps)]

@@ -256,7 +256,8 @@ class Engine:
     ) -> list[Completion]:
         """Completes all prompts in one continuous batch; `sampling` as the fields of Sampling.
 
-        With a seed, prompt i is sampled with seed + i. Not to be mixed with another thread's `step`.
+        With a seed, prompt i is sampled with seed + i. Threads may call this at the same time: their prompts
+        share steps.
         """
         seed = cast("int | None", sampling.pop("seed", None))
         sequences = [
@@ -269,9 +270,9 @@ class Engine:
                     **sampling,  # type: ignore[arg-type]
                 ),
             )
-            for i, prompt in enumerate(prompts)
+            for i, prompt in enumerate(cast("Many[str | Many[int]]", prompts))
         ]
-        while self.busy:
+        while any(s.finish_reason is None for s in sequences):
             self.step()
         return [
             Completion(s.detokenizer.text, s.output, s.finish_reason or "error", s.logprobs)

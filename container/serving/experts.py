@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _gate_up_kernel(
+def _gate_up_kernel(  # type: ignore[no-untyped-def]  # pointers and numbers
     x_ptr, weight_ptr, expert_ptr, out_ptr, hidden, width, choices,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _gate_up_kernel(
 
 
 @triton.jit
-def _down_kernel(
+def _down_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, expert_ptr, share_ptr, out_ptr, hidden, width, choices,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

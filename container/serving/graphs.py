@@ -71,6 +71,7 @@ class DecodeGraphs:
 
         def capture() -> None:
             try:
+                torch.cuda.current_blas_handle()  # by thread, too, and not to be created inside a capture
                 pool = torch.cuda.graph_pool_handle()
                 for size in reversed(self.sizes):
                     graph = torch.cuda.CUDAGraph()

@@ -158,8 +158,11 @@ class Attention:
             mask = ahead <= 0
         if c.v_head_dim < c.qk_head_dim:  # the fused kernels want equal widths
             v = F.pad(v, (0, c.qk_head_dim - c.v_head_dim))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         out = F.scaled_dot_product_attention(
-            *(t.transpose(0, 1)[None] for t in (q, k, v)),
+            q,
+            k,
+            v,
             attn_mask=mask,
             is_causal=mask is None,
             scale=c.softmax_scale,

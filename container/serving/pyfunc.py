@@ -24,11 +24,14 @@ class EngineGenerator:
     def stream(self, prompt: str, **params: Any) -> Iterator[str]:
         """The completion's text as it is generated. Closing the iterator ends the generation."""
         sequence = self._engine.add(prompt, Sampling(**_sampling(params)))
+        sent = 0
         try:
             while sequence.finish_reason is None:
-                for step in self._engine.step():
-                    if step.sequence is sequence and step.text:
-                        yield step.text
+                self._engine.step()  # another thread's call may also have advanced this sequence
+                text = sequence.detokenizer.released
+                if len(text) > sent:
+                    yield text[sent:]
+                    sent = len(text)
         finally:
             self._engine.abort(sequence)
 

@@ -234,8 +234,8 @@ async def _collect(http: Request, streams: list[Stream]) -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    work = asyncio.gather(*(run(stream) for stream in streams))
-    watch = asyncio.create_task(gone())
+    work: asyncio.Future[Any] = asyncio.gather(*(run(stream) for stream in streams))
+    watch: asyncio.Future[Any] = asyncio.create_task(gone())
     try:
         await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
     finally:

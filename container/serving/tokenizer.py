@@ -84,6 +84,11 @@ class Detokenizer:
         self._sent = 0
         self.stopped = False
 
+    @property
+    def released(self) -> str:
+        """The text given out so far by `push` and `finish`."""
+        return self.text[: self._sent]
+
     def push(self, token_id: int) -> str:
         """Takes one token, returns the text that is now certain. Sets `stopped` at a stop string."""
         if not self._tokenizer.available:
