@@ -63,6 +63,12 @@ from sagemaker.mlops.workflow.endpoint_step import EndpointConfigStep, EndpointS
 from sagemaker.mlops.workflow.fail_step import FailStep  # noqa: E402
 from sagemaker.mlops.workflow.model_step import ModelStep  # noqa: E402
 from sagemaker.mlops.workflow.pipeline import Pipeline  # noqa: E402
+from sagemaker.mlops.workflow.retry import (  # noqa: E402
+    SageMakerJobExceptionTypeEnum,
+    SageMakerJobStepRetryPolicy,
+    StepExceptionTypeEnum,
+    StepRetryPolicy,
+)
 from sagemaker.mlops.workflow.steps import CacheConfig, ProcessingStep  # noqa: E402
 
 logging.getLogger().removeHandler(_placeholder)
@@ -74,6 +80,24 @@ if TYPE_CHECKING:
 
 QUIET = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 CHANNELS = "/opt/ml/processing"
+# Only the service's own faults are tried again; a job's failure is an answer. GPUs may be out for hours.
+RETRIES = (
+    StepRetryPolicy(
+        exception_types=[StepExceptionTypeEnum.SERVICE_FAULT, StepExceptionTypeEnum.THROTTLING],
+        interval_seconds=10,
+        backoff_rate=2.0,
+        max_attempts=5,
+    ),
+    SageMakerJobStepRetryPolicy(
+        exception_types=[
+            SageMakerJobExceptionTypeEnum.INTERNAL_ERROR,
+            SageMakerJobExceptionTypeEnum.CAPACITY_ERROR,
+        ],
+        interval_seconds=60,
+        backoff_rate=1.5,
+        expire_after_mins=180,
+    ),
+)
 EXECUTION_ID = ExecutionVariables.PIPELINE_EXECUTION_ID
 CONDITIONS = {
     "==": ConditionEquals,
@@ -196,6 +220,7 @@ class Builder:
             ],
             cache_config=CacheConfig(True, settings.cache.expire_after) if caching else None,
             depends_on=list(depends_on) or None,
+            retry_policies=list(RETRIES),
         )
 
     def gate(
