@@ -114,10 +114,12 @@ def send_file(request: Any, file: Path, headers: dict[str, str] | None = None) -
     with file.open("rb") as stream:
         sent = 0
         while sent < wanted:
-            count = os.sendfile(request.connection.fileno(), stream.fileno(), start + sent, wanted - sent)
+            piece = min(wanted - sent, 1 << 20)
+            count = os.sendfile(request.connection.fileno(), stream.fileno(), start + sent, piece)
             if not count:
                 break
             sent += count
+            request.workspace.take(count)
     with request.workspace.lock:
         request.workspace.sent += sent
     if sent < end - start:

@@ -94,6 +94,10 @@ class Workspace:
         self.requests: list[str] = []
         self.authorizations: set[str] = set()  # every Authorization header that came
         self.sent = 0  # bytes of file bodies
+        self.bytes_per_second = (
+            0.0  # of all file bodies together, as a network card would limit them; 0: no limit
+        )
+        self._free_at = 0.0
         self.tokens: set[str] = {TOKEN}
         self.access_keys: set[str] = set()  # vended S3 keys that still work
         self.lock = threading.RLock()
@@ -143,6 +147,15 @@ class Workspace:
                     fault.times -= 1
                     return fault
         return None
+
+    def take(self, count: int) -> None:
+        """Wait until the limited rate has room for `count` bytes."""
+        if self.bytes_per_second:
+            with self.lock:
+                now = time.monotonic()
+                self._free_at = max(self._free_at, now) + count / self.bytes_per_second
+                wait = self._free_at - now
+            time.sleep(wait)
 
     def require(self, privilege: str, securable: str) -> None:
         """Answer 403 as Unity Catalog does when the principal lacks the privilege."""
