@@ -6,20 +6,37 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipelines import operations
+from pipelines.console import (
+    PIPELINES,
+    RELEASE,
+    Env,
+    ExecutionId,
+    Note,
+    State,
+    Values,
+    VersionOf,
+    Wait,
+    Which,
+    connect,
+    errors,
+    execution_arn,
+    follow,
+    pairs,
+    pipeline_name,
+    settings_of,
+    stoppable,
+)
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.aws import Aws
     from pipelines.run import Summary
     from pipelines.service import Package
-    from pipelines.settings import Settings
 
 app = typer.Typer(
     help="Release MLA language models from Databricks MLflow to Amazon SageMaker with a measured kernel.",
@@ -28,28 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Env = Annotated[
-    str,
-    typer.Option(
-        "--env", "-e", envvar="MLA_ENV", help="Environment: config/<name>.yaml over config/base.yaml."
-    ),
-]
-Values = Annotated[
-    list[str] | None,
-    typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Pipeline parameter; repeatable."),
-]
-State = Annotated[Path, typer.Option("--state", help="Folder of the local MLflow store, caches and reports.")]
-Which = Annotated[str, typer.Argument(help="release or production")]
-ExecutionId = Annotated[
-    str | None, typer.Option("--execution", "-x", help="Execution id or ARN; the latest by default.")
-]
-VersionOf = Annotated[
-    str | None, typer.Argument(help="Version number or package ARN; by default the newest that waits.")
-]
-Note = Annotated[str, typer.Option("--note", help="Why; kept with the version.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Follow the execution; exit 1 unless it succeeds.")]
-RELEASE = "release"
 
 
 @app.callback()
@@ -65,6 +60,7 @@ def main(
 def run(
     parameter: Values = None,
     approve: Annotated[bool, typer.Option("--approve", help="Approve the version without asking.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep servers and endpoints up until Ctrl-C.")] = False,
     state: State = Path(".mla"),
     port: Annotated[int, typer.Option(help="Port of the AWS sandbox; 0 takes a free one.")] = 0,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server; 0 takes a free one.")] = 0,
@@ -75,10 +71,13 @@ def run(
     from pipelines.local import Local
 
     display = Display()
-    with _errors(), _stoppable(), Local(state, port, mlflow_port) as local:
+    with errors(), stoppable(), Local(state, port, mlflow_port) as local:
         decide = (lambda package: "Approved") if approve else _ask
-        summary = chain.run(local, display, _pairs(parameter), decide)
+        summary = chain.run(local, display, pairs(parameter), decide)
         _print_summary(summary, display)
+        if keep:
+            typer.echo("Both endpoints stay up: mla-pipeline invoke TEXT. Ctrl-C ends them.")
+            signal.pause()
 
 
 @app.command()
@@ -90,7 +89,7 @@ def sandbox(
     """Serve AWS and MLflow on loopback until Ctrl-C; other commands find them with --env local."""
     from pipelines.local import Local
 
-    with _errors(), _stoppable(), Local(state, port, mlflow_port) as local:
+    with errors(), stoppable(), Local(state, port, mlflow_port) as local:
         local.mlflow.wait_until_healthy()
         typer.echo(
             f"AWS     {local.connection.endpoint_url}   (AWS_ENDPOINT_URL; any credentials, us-east-1)"
@@ -109,10 +108,10 @@ def render(
     check: Annotated[bool, typer.Option("--check", help="Only check; list every problem.")] = False,
 ) -> None:
     """Print the pipeline definitions as JSON, or check them. Calls no AWS."""
-    with _errors():
+    with errors():
         from pipelines import lint, production, release
 
-        settings = _settings(env)
+        settings = settings_of(env)
         built = {"release": release, "production": production}
         wanted = [pipeline] if pipeline else list(built)
         problems = []
@@ -134,50 +133,40 @@ def render(
 
 
 @app.command()
-def upsert(
-    env: Env = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
-) -> None:
-    """Create or update both pipelines, the package group and the rule that an approval triggers."""
-    with _errors():
-        from pipelines import upsert as deployment
-
-        settings, aws = _connect(env)
-        changes = deployment.plan(aws, settings, deployment.render(settings))
-        if not dry_run:
-            deployment.execute(changes)
-        for change in changes:
-            typer.echo(f"{change.action:<7}{change.kind} {change.name}")
-
-
-@app.command()
 def start(
     pipeline: Which = RELEASE, env: Env = "local", parameter: Values = None, wait: Wait = False
 ) -> None:
     """Start a pipeline; parameters that are not given take the defaults of its definition."""
-    with _errors():
+    with errors():
         from pipelines import service
 
-        settings, aws = _connect(env)
-        arn = service.start(aws, _name(settings, pipeline), _pairs(parameter))
+        settings, aws = connect(env)
+        arn = service.start(aws, pipeline_name(settings, pipeline), pairs(parameter))
         typer.echo(arn)
         if wait:
-            _follow(aws, arn)
+            follow(aws, arn)
 
 
 @app.command()
 def status(
-    pipeline: Which = RELEASE, env: Env = "local", execution: ExecutionId = None, wait: Wait = False
+    what: Annotated[str, typer.Argument(help="release, production, or the name of an endpoint")] = RELEASE,
+    env: Env = "local",
+    execution: ExecutionId = None,
+    wait: Wait = False,
 ) -> None:
-    """Show an execution: its status, its steps, why it failed."""
-    with _errors():
-        from pipelines import service
+    """Show an execution: its steps, why it failed; or an endpoint: health, version, traffic, alarms, cost."""
+    with errors():
+        from pipelines import endpoint, service
         from pipelines.display import Display, summary_table
 
-        settings, aws = _connect(env)
-        arn = _execution(aws, settings, pipeline, execution)
+        settings, aws = connect(env)
+        if what not in PIPELINES:
+            for line in endpoint.status(aws, settings, what).lines():
+                typer.echo(line)
+            return
+        arn = execution_arn(aws, settings, what, execution)
         if wait:
-            _follow(aws, arn)
+            follow(aws, arn)
             return
         now = service.status(aws, arn)
         display = Display()
@@ -193,11 +182,11 @@ def logs(
     execution: ExecutionId = None,
 ) -> None:
     """Print what a step's container wrote (CloudWatch Logs)."""
-    with _errors():
+    with errors():
         from pipelines import service
 
-        settings, aws = _connect(env)
-        for line in service.logs(aws, _execution(aws, settings, pipeline, execution), step):
+        settings, aws = connect(env)
+        for line in service.logs(aws, execution_arn(aws, settings, pipeline, execution), step):
             typer.echo(line)
 
 
@@ -221,10 +210,10 @@ def invoke(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 48,
 ) -> None:
     """Ask an endpoint to continue a text."""
-    with _errors():
+    with errors():
         from pipelines import service
 
-        settings, aws = _connect(env)
+        settings, aws = connect(env)
         name = endpoint or str(settings.parameters.production["ProductionEndpointName"])
         typer.echo(service.invoke(aws, name, prompt, max_tokens)["choices"][0]["text"])
 
@@ -236,84 +225,23 @@ def report(
     to: Annotated[Path | None, typer.Option(help="Folder; .mla/runs/<execution> by default.")] = None,
 ) -> None:
     """Download the evaluation of a release: evaluation.json and report.html."""
-    with _errors():
+    with errors():
         from pipelines import service
 
-        settings, aws = _connect(env)
-        arn = _execution(aws, settings, RELEASE, execution)
+        settings, aws = connect(env)
+        arn = execution_arn(aws, settings, RELEASE, execution)
         for path in service.report(aws, arn, to or Path(".mla") / "runs" / arn.rsplit("/", 1)[-1]):
             typer.echo(path)
 
 
-def _settings(env: str) -> Settings:
-    from pipelines.local import Connection
-    from pipelines.settings import Settings
-
-    connection = Connection.read() if env == "local" else None
-    return connection.settings() if connection else Settings.load(env)
-
-
-def _connect(env: str) -> tuple[Settings, Aws]:
-    """Settings and clients; with --env local, of the sandbox that runs here."""
-    from pipelines.aws import Aws
-    from pipelines.local import Connection
-
-    if env == "local":
-        if connection := Connection.read():
-            connection.use()
-        elif "AWS_ENDPOINT_URL" not in os.environ:
-            raise UserError(
-                "no sandbox is running", "--env local", "run `mla-pipeline sandbox`, or name another --env"
-            )
-    settings = _settings(env)
-    return settings, Aws(settings.region)
-
-
-def _name(settings: Settings, pipeline: str) -> str:
-    names = {"release": settings.names.release_pipeline, "production": settings.names.production_pipeline}
-    if pipeline not in names:
-        raise UserError(f"no pipeline '{pipeline}'", "argument", f"known: {', '.join(names)}")
-    return names[pipeline]
-
-
-def _execution(aws: Aws, settings: Settings, pipeline: str, given: str | None) -> str:
-    from pipelines import service
-
-    if given and given.startswith("arn:"):
-        return given
-    if given:
-        known = aws.sagemaker.describe_pipeline(PipelineName=_name(settings, pipeline))["PipelineArn"]
-        return f"{known}/execution/{given}"
-    return service.latest(aws, _name(settings, pipeline))
-
-
-def _follow(aws: Aws, arn: str) -> None:
-    from pipelines import service
-    from pipelines.display import Display
-
-    ended = Display().follow(service.watch(aws, arn))
-    if ended.status != "Succeeded":
-        raise UserError(f"{ended.status}: {service.reason(ended)}", f"execution {ended.id}")
-
-
 def _decide(env: str, version: str | None, approval: str, note: str) -> None:
-    with _errors():
+    with errors():
         from pipelines import service
 
-        settings, aws = _connect(env)
+        settings, aws = connect(env)
         package = service.find_package(aws, settings.names.model_package_group, version)
         service.decide(aws, package.arn, approval, note)
         typer.echo(f"version {package.version} is {approval}: {package.arn}")
-
-
-def _pairs(given: list[str] | None) -> dict[str, str]:
-    pairs = {}
-    for one in given or []:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise UserError(f"'{one}' has no '='", "--parameter", "write NAME=VALUE")
-        pairs[name] = value
-    return pairs
 
 
 def _ask(package: Package) -> str:
@@ -342,37 +270,8 @@ def _print_summary(summary: Summary, display: Any) -> None:
         display.console.print(line, soft_wrap=True)
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """One line and exit status 1 for whatever a person can remedy; 130 for Ctrl-C."""
-    from pipelines.aws import explained
-
-    try:
-        with explained():
-            yield
-    except UserError as error:
-        if os.environ.get("MLA_DEBUG"):
-            raise
-        typer.echo(f"mla-pipeline: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("mla-pipeline: stopped", err=True)
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, so that servers and jobs are stopped in either case."""
-
-    def interrupt(number: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
+for command in operations.COMMANDS:
+    app.command()(command)
 
 if __name__ == "__main__":
     app()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +52,13 @@ class Plan:
     """What `upsert` would do and what it means; nothing was changed to make it."""
 
     changes: tuple[upsert.Change, ...]
-    differences: Mapping[str, Difference]  # by pipeline
     costs: tuple[Cost, ...]
     quotas: tuple[Quota, ...]
     prices: str
 
     def lines(self) -> Iterator[str]:
         """For a person, in the order of the questions: what changes, is lost, costs; will it run."""
-        for change in self.changes:
-            yield f"{change.action:<7}{change.kind} {change.name}"
-            if change.action == "update" and change.name in self.differences:
-                yield from (f"         {line}" for line in describe(self.differences[change.name]))
+        yield from change_lines(self.changes)
         yield f"cost, an estimate: {self.prices}"
         yield from (f"       {one}" for one in self.costs)
         yield "quotas"
@@ -76,11 +72,18 @@ def make(aws: Aws, settings: Settings, pipelines: Mapping[str, Any]) -> Plan:
     release = next(one for one in changes if one.name == settings.names.release_pipeline)
     return Plan(
         changes=changes,
-        differences={one.name: compare(one.before, one.after) for one in changes if one.after},
         costs=tuple(costs(aws, settings, prices, json.loads(release.after))),
         quotas=tuple(quotas(aws, needed_instances(settings))),
         prices=prices.source(),
     )
+
+
+def change_lines(changes: Iterable[upsert.Change]) -> Iterator[str]:
+    """Each resource, and below a pipeline that is updated what changes in its definition."""
+    for change in changes:
+        yield f"{change.action:<7}{change.kind} {change.name}"
+        if change.action == "update" and change.after:
+            yield from (f"         {line}" for line in describe(compare(change.before, change.after)))
 
 
 def describe(difference: Difference) -> Iterator[str]:

@@ -24,6 +24,9 @@ COMMANDS = [
     "reject",
     "invoke",
     "report",
+    "bootstrap",
+    "plan",
+    "rollback",
 ]
 SLOW = ("sagemaker", "moto", "mlflow", "torch", "boto3", "botocore")
 

@@ -1,0 +1,221 @@
+"""What an endpoint serves and how it is: health, version, traffic, alarms, cost, last deployments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pipelines import service
+from pipelines.aws import Aws, is_missing
+from pipelines.errors import UserError
+from pipelines.prices import Prices, per_million_tokens
+from pipelines.settings import Settings
+
+DEPLOYMENTS = 5
+
+
+@dataclass(frozen=True)
+class Served:
+    """The live configuration of an endpoint. package: the version's ARN, "" when there is none."""
+
+    config: str
+    instance_type: str
+    package: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A fleet's share. side: live, or new during an update. state: what it is doing, "" when settled."""
+
+    side: str
+    name: str
+    instances: int
+    weight: float
+    state: str
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """An execution that deploys to the endpoint. version: ARN for production, "" for staging."""
+
+    execution: str
+    version: str
+    status: str
+    started: datetime
+
+
+@dataclass(frozen=True)
+class Status:
+    """An endpoint at one moment. alarms: name to OK, ALARM, INSUFFICIENT_DATA or missing."""
+
+    name: str
+    health: str
+    failure: str
+    changed: datetime
+    served: Served
+    package: service.Package | None
+    variants: tuple[Variant, ...]
+    alarms: tuple[tuple[str, str], ...]
+    deployments: tuple[Deployment, ...]
+    instance_dollars: float | None  # of one instance, an hour
+    tokens_a_second: float | None
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        yield f"{self.name}: {self.health} since {self.changed:%Y-%m-%d %H:%M}" + (
+            f": {self.failure}" if self.failure else ""
+        )
+        yield f"config      {self.served.config}"
+        if self.package:
+            data = self.package.metadata
+            yield f"version     {self.package.version} ({self.package.status}) {self.package.arn}"
+            yield (
+                f"model       {data.get('MlflowModelName', '-')} {data.get('MlflowModelVersion', '-')}, "
+                f"kernel {data.get('KernelBackend', '-')} {data.get('KernelSha256', '-')[:12]}"
+            )
+        for one in self.variants:
+            state = f", {one.state}" if one.state else ""
+            yield f"{one.side:<12}{one.name}: {one.instances} instances, weight {one.weight:g}{state}"
+        yield f"alarms      {', '.join(f'{name} {state}' for name, state in self.alarms) or 'none'}"
+        yield f"cost        {self._cost()}"
+        for run in self.deployments:
+            version = f" version {run.version.rsplit('/', 1)[-1]}" if run.version else ""
+            yield f"deployment  {run.started:%Y-%m-%d %H:%M} {run.execution}{version} {run.status}"
+
+    def _cost(self) -> str:
+        instances = sum(one.instances for one in self.variants)
+        kind = f"{instances} x {self.served.instance_type}"
+        if self.instance_dollars is None:
+            return f"{kind}, unpriced"
+        text = f"{kind}, {self.instance_dollars * instances:.2f} USD an hour"
+        if not self.tokens_a_second:
+            return text
+        million = per_million_tokens(self.instance_dollars, self.tokens_a_second)
+        return (
+            f"{text}, {million:.2f} USD per million tokens at the evaluation's "
+            f"{self.tokens_a_second:.0f} tokens a second an instance"
+        )
+
+
+def status(aws: Aws, settings: Settings, name: str) -> Status:
+    """The endpoint now. Raises UserError when there is none of the name."""
+    answer = _describe(aws, name)
+    served = live(aws, settings, name)
+    production = name == settings.parameters.production["ProductionEndpointName"]
+    pipeline = settings.names.production_pipeline if production else settings.names.release_pipeline
+    return Status(
+        name=name,
+        health=answer["EndpointStatus"],
+        failure=answer.get("FailureReason", ""),
+        changed=answer["LastModifiedTime"],
+        served=served,
+        package=service.package(aws, served.package) if served.package else None,
+        variants=tuple(_variants(answer)),
+        alarms=tuple(_alarms(aws, settings.deployment.alarms)) if production else (),
+        deployments=tuple(_deployments(aws, pipeline)),
+        instance_dollars=Prices.load(settings.region).of(served.instance_type, 1),
+        tokens_a_second=_throughput(aws, served.package) if served.package else None,
+    )
+
+
+def live(aws: Aws, settings: Settings, name: str) -> Served:
+    """What the endpoint serves. Raises UserError when there is no such endpoint."""
+    config = _describe(aws, name)["EndpointConfigName"]
+    variant = aws.sagemaker.describe_endpoint_config(EndpointConfigName=config)["ProductionVariants"][0]
+    model = aws.sagemaker.describe_model(ModelName=variant["ModelName"])
+    containers = [*model.get("Containers", ()), model.get("PrimaryContainer") or {}]
+    package = next((one["ModelPackageName"] for one in containers if one.get("ModelPackageName")), "")
+    return Served(config, variant["InstanceType"], package or _staged(aws, settings, config))
+
+
+def _staged(aws: Aws, settings: Settings, config: str) -> str:
+    """Staging serves the files, not the package; its configuration bears the execution's name."""
+    prefix = f"{settings.names.release_pipeline}-"
+    if not config.startswith(prefix):
+        return ""
+    pipeline = aws.sagemaker.describe_pipeline(PipelineName=settings.names.release_pipeline)["PipelineArn"]
+    execution = service.status(aws, f"{pipeline}/execution/{config.removeprefix(prefix)}")
+    return execution.step("RegisterModel").resource
+
+
+def _describe(aws: Aws, name: str) -> dict[str, Any]:
+    from botocore.exceptions import ClientError
+
+    try:
+        return aws.sagemaker.describe_endpoint(EndpointName=name)
+    except ClientError as error:
+        if is_missing(error):
+            fix = "staging comes with a release, production with its approval"
+            raise UserError(f"no endpoint '{name}'", aws.region, fix) from error
+        raise
+
+
+def _variants(answer: dict[str, Any]) -> Iterator[Variant]:
+    pending = answer.get("PendingDeploymentSummary", {})
+    for side, variants in (
+        ("live", answer.get("ProductionVariants", [])),
+        ("new", pending.get("ProductionVariants", [])),
+    ):
+        for one in variants:
+            states = [state.get("StatusMessage") or state["Status"] for state in one.get("VariantStatus", [])]
+            yield Variant(
+                side,
+                one["VariantName"],
+                one.get("CurrentInstanceCount", 0),
+                one.get("CurrentWeight", 0.0),
+                "; ".join(states),
+            )
+
+
+def _alarms(aws: Aws, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if not names:
+        return
+    found = aws.cloudwatch.describe_alarms(AlarmNames=list(names))
+    states = {one["AlarmName"]: one["StateValue"] for one in found.get("MetricAlarms", [])}
+    states |= {one["AlarmName"]: one["StateValue"] for one in found.get("CompositeAlarms", [])}
+    for name in names:
+        yield name, states.get(name, "missing")
+
+
+def _deployments(aws: Aws, pipeline: str) -> Iterator[Deployment]:
+    """The last executions, newest first."""
+    found = aws.sagemaker.list_pipeline_executions(
+        PipelineName=pipeline, SortBy="CreationTime", SortOrder="Descending", MaxResults=DEPLOYMENTS
+    )["PipelineExecutionSummaries"]
+    for one in found:
+        arn = one["PipelineExecutionArn"]
+        yield Deployment(
+            arn.rsplit("/", 1)[-1],
+            deployed_package(aws, arn),
+            one["PipelineExecutionStatus"],
+            one["StartTime"],
+        )
+
+
+def deployed_package(aws: Aws, execution: str) -> str:
+    """ARN of the version that an execution of the production pipeline deploys, "" for another pipeline."""
+    values = aws.sagemaker.list_pipeline_parameters_for_execution(PipelineExecutionArn=execution)
+    return next(
+        (one["Value"] for one in values["PipelineParameters"] if one["Name"] == "ModelPackageArn"), ""
+    )
+
+
+def _throughput(aws: Aws, package: str) -> float | None:
+    """Tokens a second that Evaluate measured for this version, None when its evaluation is gone."""
+    from botocore.exceptions import ClientError
+
+    answer = aws.sagemaker.describe_model_package(ModelPackageName=package)
+    uri = answer.get("ModelMetrics", {}).get("ModelQuality", {}).get("Statistics", {}).get("S3Uri", "")
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not key:
+        return None
+    try:
+        evaluation = json.loads(aws.s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+    except ClientError as error:
+        if is_missing(error):
+            return None
+        raise
+    return float(evaluation["model"]["tokens_per_s"])
