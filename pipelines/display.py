@@ -95,7 +95,7 @@ def summary_lines(summary: Summary) -> list[str]:
     return [
         *lines,
         "again       mla-pipeline run -p Workload=8x4096 -p MinSpeedup=1.5",
-        "by hand     mla-pipeline sandbox; in another terminal upsert, start --wait, approve, invoke TEXT",
+        "keep it up  mla-pipeline run --keep; in another terminal mla-pipeline invoke TEXT",
     ]
 
 
