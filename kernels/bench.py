@@ -78,16 +78,16 @@ def measure(
             device=device, seed=seed,
         )  # fmt: skip
         problem = Problem.of(inputs.q, inputs.k_cache, inputs.head_dim_v, inputs.causal)
-        caches = _cold_caches(inputs.k_cache)
+        caches = cold_caches(inputs.k_cache)
         calls: dict[str, Callable[[], object]] = {
-            name: _bind(backend, inputs, caches)
+            name: bind(backend, inputs, caches)
             for name, backend in backends.items()
             if backend.unsupported(problem) is None
         }
         able = list(calls)
-        calls["torch"] = _bind(mla_decode_absorbed, inputs, caches)
+        calls["torch"] = bind(mla_decode_absorbed, inputs, caches)
         if compile_baseline:
-            calls["torch.compile"] = _bind(compiled_absorbed(), inputs, caches)
+            calls["torch.compile"] = bind(compiled_absorbed(), inputs, caches)
         timings = interleaved(calls, device, seconds=seconds_per_case)
         baseline = min((name for name in BASELINES if name in timings), key=lambda name: timings[name].p50_us)
         for name in able:
@@ -97,13 +97,13 @@ def measure(
     return results
 
 
-def _bind(call: Callable[..., object], inputs: Inputs, caches: Sequence[Tensor]) -> Callable[[], object]:
+def bind(call: Callable[..., object], inputs: Inputs, caches: Sequence[Tensor]) -> Callable[[], object]:
     """`call` on `inputs`, each time with the next of `caches`."""
     turns = itertools.cycle([(inputs.q, cache, *inputs.arguments()[2:]) for cache in caches])
     return lambda: call(*next(turns))
 
 
-def _cold_caches(cache: Tensor) -> list[Tensor]:
+def cold_caches(cache: Tensor) -> list[Tensor]:
     """Copies of a latent cache that together exceed COLD_BYTES.
 
     A model's layers each read their own cache, so a layer finds its cache evicted by the others'; timing one

@@ -26,4 +26,5 @@ LIMITS = (
     Limit("relative_error", "<=", "MaxRelativeError", "worst relative error"),
     Limit("speedup", ">=", "MinSpeedup", "speed-up over the baseline", "x"),
     Limit("decode_latency_ms", "<=", "MaxDecodeLatencyMs", "decode step", " ms"),
+    Limit("regression_percent", "<=", "MaxRegressionPercent", "worst regression against production", "%"),
 )

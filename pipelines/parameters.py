@@ -113,6 +113,11 @@ RELEASE = (
     Parameter(
         "MaxDecodeLatencyMs", "Float", "gate: longest allowed decode step of the model at batch 1, p50, ms"
     ),
+    Parameter(
+        "MaxRegressionPercent",
+        "Float",
+        "gate: percent by which latency or perplexity may be worse than production's, measured side by side",
+    ),
     Parameter("ModelApprovalStatus", "String", "status the registered version starts with", APPROVALS),
     Parameter("StagingEndpointName", "String", "endpoint that every passing release is deployed to"),
 )

@@ -83,7 +83,7 @@ def compile_kernel(build: Builder) -> ProcessingStep:
 
 
 def evaluate(build: Builder, pull: ProcessingStep, kernel: ProcessingStep) -> ProcessingStep:
-    """Correctness, then speed, then the whole model."""
+    """Correctness, speed, the whole model, and all of it beside the version in production."""
     return build.job(
         "Evaluate",
         "evaluate",
@@ -92,6 +92,7 @@ def evaluate(build: Builder, pull: ProcessingStep, kernel: ProcessingStep) -> Pr
             "--backend": build.p.KernelBackend,
             "--kv-cache-dtype": build.p.KvCacheDtype,
             "--workload": build.p.Workload,
+            "--production-endpoint": str(build.settings.parameters.production["ProductionEndpointName"]),
         },
         inputs={
             "model": output_uri(pull, "model"),

@@ -1,8 +1,9 @@
 """Evaluate: prove the kernel correct, find the fastest correct one, and measure the model it serves.
 
-    operator   correctness cases against float64, then the contest among the correct   evaluation/operator.py
-    model      the serving engine against transformers with the same weights        evaluation/model_level.py
-    verdict    evaluation.json for the gate, report.html for a person                     schema.py, report.py
+    operator    correctness cases against float64, then the contest among the correct  evaluation/operator.py
+    model       the serving engine against transformers with the same weights       evaluation/model_level.py
+    production  the version that users have now, measured beside this one      production.py, regression.py
+    verdict     evaluation.json for the gate, report.html for a person                    schema.py, report.py
 
 An incorrect kernel does not fail this step: the verdict is written, and the gate refuses it with figures.
 """
@@ -16,24 +17,25 @@ from pathlib import Path
 import torch
 
 from container.serving.checkpoint import ModelConfig, NotMlaModel, find_checkpoint
-from container.serving.engine import CACHE_DTYPES, Engine, Options
-from container.serving.weights import WeightError
-from kernels.backends import NAMES, BackendError
+from container.serving.engine import CACHE_DTYPES
+from kernels.backends import NAMES
 from kernels.package import KernelIndex, KernelPackageError
 from kernels.workloads import Case, parse_workload
 from steps.evaluation import model_level, report
+from steps.evaluation.engines import load_engine
 from steps.evaluation.machine import machine, versions
 from steps.evaluation.operator import Outcome, Sizes, finite, hold_contest
-from steps.evaluation.schema import OUT_OF_BOUNDS, Evaluation, Gate, ModelLevel, Requested
+from steps.evaluation.production import Candidate, compare_with_production, worst_regression
+from steps.evaluation.schema import OUT_OF_BOUNDS, Evaluation, Gate, ModelLevel, Production, Requested
 from steps.job import Job, StepError, log, run
-
-# Evaluation serves one short sequence at a time; a cache for a full batch would only cost memory.
-ENGINE_OPTIONS = Options(max_batch=1, cache_tokens=4096)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", choices=NAMES)
     parser.add_argument("--kv-cache-dtype", default="bfloat16", choices=CACHE_DTYPES)
+    parser.add_argument(
+        "--production-endpoint", default="", help="compare with the version it serves; empty: with none"
+    )
     parser.add_argument("--workload", default="interactive", help="preset, or batch x length [x queries], …")
 
 
@@ -50,6 +52,12 @@ def main(job: Job) -> None:
     sizes = Sizes.of(config, args.kv_cache_dtype)
     outcome = hold_contest(args.backend, kernel_dir, sizes, workload, device)
     model = measure_model(model_dir, kernel_dir, outcome, args.kv_cache_dtype, device)
+    production = Production(reason="The candidate could not be run.")
+    if model:
+        candidate = Candidate(model_dir, kernel_dir, index, outcome.backend, args.kv_cache_dtype, provenance)
+        production = compare_with_production(
+            args.production_endpoint, candidate, sizes, workload, device, job.root
+        )
     evaluation = Evaluation(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine(device, job.root),
@@ -61,7 +69,8 @@ def main(job: Job) -> None:
         correctness=outcome.correctness,
         latency=outcome.latency,
         model=model,
-        gate=gate(outcome, model),
+        production=production,
+        gate=gate(outcome, model, production),
     )
     job.write_json("evaluation", "evaluation.json", evaluation.model_dump())
     page = report.render(evaluation, provenance)
@@ -92,19 +101,8 @@ def measure_model(
 ) -> ModelLevel | None:
     """The model level with the chosen backend; None when an incorrect kernel keeps the model from running."""
     try:
-        engine = Engine.load(
-            model_dir,
-            kernel_dir,
-            backend=outcome.backend,
-            kv_cache_dtype=kv_cache_dtype,
-            device=device,
-            options=ENGINE_OPTIONS,
-        )
+        engine = load_engine(model_dir, kernel_dir, outcome.backend, kv_cache_dtype, device)
         return model_level.measure(engine, model_dir)
-    except (WeightError, BackendError, ValueError) as error:
-        raise StepError(
-            f"The engine cannot load the model: {error}.", "Correct the model or KvCacheDtype."
-        ) from error
     except StepError as error:
         if outcome.correctness.passed:
             raise
@@ -112,7 +110,7 @@ def measure_model(
         return None
 
 
-def gate(outcome: Outcome, model: ModelLevel | None) -> Gate:
+def gate(outcome: Outcome, model: ModelLevel | None, production: Production) -> Gate:
     """The figures that QualityGate compares. What could not be measured exceeds every limit."""
     errors = [case.relative_error for case in outcome.correctness.cases]
     errors.append(model.excess_relative_error if model else OUT_OF_BOUNDS)
@@ -122,6 +120,7 @@ def gate(outcome: Outcome, model: ModelLevel | None) -> Gate:
         speedup=outcome.speedup,
         decode_latency_ms=model.decode_step_ms.p50 if model else OUT_OF_BOUNDS,
         tokens_equal_percent=100 * model.tokens_equal / model.tokens_total if model else 0.0,
+        regression_percent=worst_regression(production) if model else OUT_OF_BOUNDS,
     )
 
 

@@ -40,6 +40,7 @@ def render(evaluation: Evaluation, provenance: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"microseconds": plots.microseconds, "scientific": _error, "powers": _powers}
+    environment.filters |= {"signed": _signed, "milliseconds": _milliseconds}
     latency = evaluation.latency
     return environment.get_template("report.html.j2").render(
         evaluation=evaluation,
@@ -82,8 +83,14 @@ def summary(evaluation: Evaluation) -> str:
         if model
         else "With this kernel the model could not be run."
     )
+    production = evaluation.production
+    beside = ""
+    if production.model_package_arn:
+        worst = _signed(evaluation.gate.regression_percent)
+        beside = f" Beside the version in production its worst regression is {worst}."
     return (
-        f"{chosen} {passed} of {len(cases)} cases lie within their bound of the float64 definition. {served}"
+        f"{chosen} {passed} of {len(cases)} cases lie within their bound of the float64 definition. "
+        f"{served}{beside}"
     )
 
 
@@ -125,6 +132,15 @@ def figures(evaluation: Evaluation) -> list[Figure]:
             ),
         ]
     return numbers
+
+
+def _signed(percent: float | None) -> str:
+    """3.25 -> "+3.2 %"."""
+    return "–" if percent is None else f"{percent:+.1f} %"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g} ms"
 
 
 def _title(provenance: Mapping[str, Any]) -> str:

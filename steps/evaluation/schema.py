@@ -105,6 +105,29 @@ class ModelLevel(Section):
     smoke: Smoke
 
 
+class Production(Section):
+    """The version that production serves, measured beside the candidate; regression.py defines the figures.
+
+    A regression is percent by which the candidate is worse; a negative one says that it is better. `reason`
+    says why nothing, or not everything, was compared.
+    """
+
+    model_package_arn: str | None = None
+    reason: str | None = None
+    interleaved: bool | None = None  # False: the two models did not fit into memory at once
+    decode_step_ms: float | None = None
+    candidate_decode_step_ms: float | None = None
+    operator_regression_percent: float | None = None
+    decode_step_regression_percent: float | None = None
+    latency_regression_percent: float | None = None  # the worse of operator and decode step
+    text: str | None = None  # where the text of the perplexities is from
+    perplexity: float | None = None
+    candidate_perplexity: float | None = None
+    perplexity_per: str | None = None  # token, or byte where the tokenizers differ
+    choices_equal_percent: float | None = None  # likeliest next tokens that are the same
+    quality_regression_percent: float | None = None
+
+
 # JSON has no infinity. Stands for "not finite" and, in the gate, "could not be measured": over every limit.
 OUT_OF_BOUNDS = 1e9
 
@@ -117,10 +140,11 @@ class Gate(Section):
     speedup: float
     decode_latency_ms: float
     tokens_equal_percent: float
+    regression_percent: float  # the worse of latency and quality against production; 0 without a production
 
 
 class Evaluation(Section):
-    schema_version: int = 1
+    schema_version: int = 2
     created: str
     machine: dict[str, str | int | float | None]
     versions: dict[str, str | None]
@@ -131,6 +155,7 @@ class Evaluation(Section):
     correctness: Correctness
     latency: Latency
     model: ModelLevel | None  # None when an incorrect kernel kept the model from running
+    production: Production
     gate: Gate
 
     @classmethod

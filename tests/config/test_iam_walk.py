@@ -92,6 +92,17 @@ def test_wildcards_agree_with_their_definition(pattern: str, text: str) -> None:
 RECORDED: list[tuple[str, str, str, dict[str, Any]]] = [
     ("PullModel", "secretsmanager", "GetSecretValue", {"SecretId": SECRET}),
     ("CompileKernel", "s3", "GetObject", {"Bucket": BUCKET, "Key": "mla-pipeline/kernel-sources/x.tar.gz"}),
+    ("Evaluate", "sagemaker", "DescribeEndpoint", {"EndpointName": "mla-production"}),
+    (
+        "Evaluate",
+        "sagemaker",
+        "DescribeEndpointConfig",
+        {"EndpointConfigName": "mla-models-v3-9876543210"},
+    ),
+    ("Evaluate", "sagemaker", "DescribeModel", {"ModelName": "mla-models-v3-0123456789"}),
+    ("Evaluate", "sagemaker", "DescribeModelPackage", {"ModelPackageName": PACKAGE}),
+    ("Evaluate", "s3", "ListObjectsV2", {"Bucket": BUCKET, "Prefix": f"{RUN}/PullModel/model/"}),
+    ("Evaluate", "s3", "GetObject", {"Bucket": BUCKET, "Key": f"{RUN}/PullModel/model/MLmodel"}),
     ("SmokeTest", "sagemaker-runtime", "InvokeEndpoint", {"EndpointName": "mla-staging"}),
     ("RecordRelease", "secretsmanager", "GetSecretValue", {"SecretId": SECRET}),
     ("VerifyPackage", "sagemaker", "DescribeModelPackage", {"ModelPackageName": PACKAGE}),

@@ -16,7 +16,8 @@ from kernels.build import build
 from kernels.workloads import parse_workload
 from steps import compile_kernel, evaluate
 from steps.evaluation import model_level, operator, report
-from steps.evaluation.schema import OUT_OF_BOUNDS, Evaluation
+from steps.evaluation.engines import ENGINE_OPTIONS
+from steps.evaluation.schema import OUT_OF_BOUNDS, Evaluation, Production
 from steps.job import StepError
 from tests.steps.support import StepRun
 from tests.steps.tiny_model import write_model
@@ -99,9 +100,7 @@ def test_kernel_and_model_pass_and_the_gate_has_the_figures(result):
 
 
 def test_the_smoke_answer_is_what_the_serving_engine_generates(result, inputs):
-    engine = Engine.load(
-        inputs / "model", inputs / "kernel", backend=result.backend, options=evaluate.ENGINE_OPTIONS
-    )
+    engine = Engine.load(inputs / "model", inputs / "kernel", backend=result.backend, options=ENGINE_OPTIONS)
     smoke = result.model.smoke
     [answer] = engine.generate([smoke.prompt], max_tokens=smoke.max_tokens)
     assert answer.token_ids == smoke.token_ids
@@ -142,7 +141,7 @@ def test_a_requested_incorrect_backend_is_measured_and_fails_the_gate(inputs, mo
     distort(monkeypatch, 1.05)
     cases = parse_workload("1x64")
     outcome = operator.hold_contest("cpu", inputs / "kernel", SIZES, cases, torch.device("cpu"))
-    gate = evaluate.gate(outcome, None)
+    gate = evaluate.gate(outcome, None, Production())
     assert (outcome.backend, gate.correct) == ("cpu", 0)
     assert max(c.relative_error for c in outcome.correctness.cases) == pytest.approx(0.05, rel=0.1)
     assert outcome.latency.cases[0].p50_us > 0
@@ -199,7 +198,7 @@ def test_a_float32_model_is_compared_as_it_is(result):
 
 def measured_in_bfloat16(folder, backend="cpu"):
     write_model(folder, dtype=torch.bfloat16)
-    engine = Engine.load(folder, backend=backend, options=evaluate.ENGINE_OPTIONS)
+    engine = Engine.load(folder, backend=backend, options=ENGINE_OPTIONS)
     return model_level.measure(engine, folder)
 
 

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from container.serving.engine import Engine, Options
 from kernels.build import build
+from kernels.package import KernelIndex, file_sha256
+from kernels.workloads import parse_workload
 from steps import deploy_production, smoke_test, verify_package
+from steps.evaluation.operator import Sizes
+from steps.evaluation.production import Candidate, compare_with_production, worst_regression
+from steps.evaluation.schema import Production
 from steps.job import StepError
 from tests.steps.support import StepRun
 from tests.steps.tiny_model import write_model
@@ -150,3 +157,50 @@ def test_a_pending_version_stops_at_verification(account, tmp_path):
     arn = account.register(model, "pending", status="PendingManualApproval")
     with pytest.raises(StepError, match="is PendingManualApproval, not Approved"):
         promote(account, arn, tmp_path)
+
+
+def scaled_head(folder: Path, factor: float) -> Path:
+    """The model of seed 1 with the logits multiplied: 0 gives the perplexity of guessing, 3 a worse one."""
+    path = write_model(folder, 1) / "artifacts" / "checkpoint" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] *= factor
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def beside_production(model: Path, kernel: Path, scratch: Path, endpoint: str = ENDPOINT) -> Production:
+    candidate = Candidate(model, kernel, KernelIndex.load(kernel), "cpu", "bfloat16", {})
+    sizes = Sizes(4, 512, 64, torch.float32, torch.bfloat16, 0.1)
+    cases = parse_workload("1x64")
+    return compare_with_production(endpoint, candidate, sizes, cases, torch.device("cpu"), scratch)
+
+
+@pytest.mark.slow
+def test_a_release_is_measured_beside_the_version_in_production(account, kernel, tmp_path):
+    live = write_model(tmp_path / "live", 1)
+    nothing = beside_production(live, kernel, tmp_path, "no-such-endpoint")
+    assert nothing.model_package_arn is None
+    assert "no endpoint 'no-such-endpoint'" in nothing.reason
+    assert worst_regression(nothing) == 0
+
+    weights = live / "artifacts" / "checkpoint" / "model.safetensors"
+    listed = {"path": str(weights.relative_to(live)), "sha256": file_sha256(weights)}
+    arn = account.register(live, "live")
+    provenance = {"Bucket": BUCKET, "Key": "live/provenance/provenance.json"}
+    account.s3.put_object(**provenance, Body=json.dumps({"files": [listed]}))
+    promote(account, arn, tmp_path / "promotion")
+
+    same = beside_production(live, kernel, tmp_path)
+    assert (same.model_package_arn, same.reason, same.interleaved) == (arn, None, True)
+    assert same.operator_regression_percent == 0  # the same library
+    assert (same.quality_regression_percent, same.choices_equal_percent) == (0, 100)
+    better = beside_production(scaled_head(tmp_path / "better", 0.0), kernel, tmp_path)
+    assert better.candidate_perplexity == pytest.approx(256, rel=1e-3)
+    assert better.quality_regression_percent < -10
+    worse = beside_production(scaled_head(tmp_path / "worse", 3.0), kernel, tmp_path)
+    assert worst_regression(worse) >= worse.quality_regression_percent > 10
+    assert not list(tmp_path.glob("production-*"))  # the live version's files are gone again
+
+    account.s3.put_object(**provenance, Body=json.dumps({"files": [listed | {"sha256": "0" * 64}]}))
+    with pytest.raises(StepError, match=r"live in production, is not what was released"):
+        beside_production(live, kernel, tmp_path)
