@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 CACHE_DTYPES = ("bfloat16", "float16", "float32", "fp8_ds_mla")
 CPU_CACHE_BYTES = 1 << 30
 GPU_CACHE_FRACTION = 0.85  # of the memory that is free once the weights are loaded
+MAX_CHARACTERS_A_TOKEN = 64  # tokens are seldom longer than a long word
 SCORE_ROWS = 256  # rows of one pass when a prompt is scored through the decode kernel
 
 
@@ -145,6 +146,13 @@ class Engine:
 
     def prepare(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
         """Checks a prompt and makes its sequence without queueing it; never waits for a running step."""
+        if isinstance(prompt, str) and len(prompt) > MAX_CHARACTERS_A_TOKEN * self.max_model_len:
+            # not even worth tokenizing, which takes time of others
+            raise BadRequest(
+                f"prompt of {len(prompt)} characters is over this model's {self.max_model_len} tokens",
+                "prompt",
+                "context_length_exceeded",
+            )
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise BadRequest("prompt is empty; give at least one token", "prompt")

@@ -24,6 +24,10 @@ class Overloaded(RuntimeError):
         self.retry_after = retry_after
 
 
+class Stopped(RuntimeError):
+    """The engine takes no more requests."""
+
+
 class Stream:
     """The steps of one sequence as they happen. Leaving the `async with` early cancels the sequence."""
 
@@ -60,7 +64,7 @@ class EngineLoop:
         self._inbox: deque[tuple[str, Stream]] = deque()
         self._streams: dict[int, Stream] = {}
         self._wake = threading.Event()
-        self._stopping = False
+        self._stopping = self._failed = False
         self._pending = 0  # submitted, not yet running or finished
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -75,6 +79,8 @@ class EngineLoop:
 
     def submit(self, prompts: Many[str | list[int]], sampling: Many[Sampling]) -> list[Stream]:
         """One stream for each prompt, all or none. Raises BadRequest or Overloaded."""
+        if self._failed or self._stopping:
+            raise Stopped("the engine has stopped; try another instance")
         waiting = len(self.engine.scheduler.waiting) + len(self._inbox)
         if waiting + len(prompts) > self.max_queue:
             raise Overloaded(waiting, self._retry_after(waiting))
@@ -92,7 +98,23 @@ class EngineLoop:
         pace = self.metrics.finished_per_second()
         return max(1, min(60, round(waiting / pace))) if pace else 1
 
+    @property
+    def failed(self) -> bool:
+        """Whether the thread died of an error, which only a restart mends."""
+        return self._failed
+
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            self._failed = not self._stopping
+            log.exception("the engine's thread failed; the server reports itself unhealthy")
+        for stream in itertools.chain(self._streams.values(), (s for _, s in self._inbox)):
+            stream.sequence.error = "the engine has stopped"
+            stream.sequence.finish_reason = "error" if self._failed else "abort"
+            stream.deliver(Step(stream.sequence, None, "", stream.sequence.finish_reason))
+
+    def _serve(self) -> None:
         while not self._stopping:
             self._take_inbox()
             if not self.engine.busy:
@@ -104,8 +126,6 @@ class EngineLoop:
             self.metrics.step(self.engine, steps, time.monotonic() - started)
             for step in steps:
                 self._deliver(step)
-        for stream in itertools.chain(self._streams.values(), (s for _, s in self._inbox)):
-            stream.deliver(Step(stream.sequence, None, "", "abort"))
 
     def _take_inbox(self) -> None:
         while self._inbox:

@@ -10,10 +10,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from container.serving import protocol
 from container.serving.engine import Engine
-from container.serving.loop import EngineLoop, Overloaded, Stream
+from container.serving.loop import EngineLoop, Overloaded, Stopped, Stream
 from container.serving.metrics import Metrics
 from container.serving.protocol import Answer, ChatRequest, CompletionRequest, error_body
 from container.serving.sequence import BadRequest, Step
@@ -22,6 +23,18 @@ from container.serving.tokenizer import TokenizerMissing
 
 log = logging.getLogger(__name__)
 MLFLOW_FORMS = {"inputs", "instances", "dataframe_split", "dataframe_records"}
+
+
+class TooLarge(ValueError):
+    """The body exceeds the limit."""
+
+
+class WrongType(ValueError):
+    """The body is not declared to be JSON."""
+
+
+class NotReady(RuntimeError):
+    """The model is still loading."""
 
 
 class GenerationFailed(RuntimeError):
@@ -78,11 +91,12 @@ def create_app(settings: ServerSettings, load: Callable[[ServerSettings], Engine
 
     app = FastAPI(title="MLA model server", lifespan=lifespan, openapi_url=None)
     app.state.serving = serving
-    _add_errors(app, serving)
+    app.add_middleware(CountResponses, metrics=serving.metrics)
+    _add_errors(app)
 
     @app.get("/ping")
     async def ping() -> Response:
-        ready = serving.loop is not None
+        ready = serving.loop is not None and not serving.loop.failed
         return JSONResponse(
             {"status": "ready" if ready else serving.failure or "loading"}, 200 if ready else 503
         )
@@ -120,36 +134,34 @@ def create_app(settings: ServerSettings, load: Callable[[ServerSettings], Engine
     return app
 
 
-def _add_errors(app: FastAPI, serving: Serving) -> None:
-    """Every exception becomes JSON of one form; every response is counted."""
+STATUSES: dict[type[Exception], tuple[int, str]] = {
+    BadRequest: (400, "invalid_request_error"),
+    TokenizerMissing: (400, "invalid_request_error"),
+    TooLarge: (413, "invalid_request_error"),
+    WrongType: (415, "invalid_request_error"),
+    Overloaded: (503, "overloaded_error"),
+    NotReady: (503, "not_ready_error"),
+    Stopped: (503, "not_ready_error"),
+    GenerationFailed: (500, "server_error"),
+}
 
-    def refused(status: int, kind: str, error: Exception, headers: dict[str, str] | None = None) -> Response:
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error becomes JSON of one form."""
+
+    async def known(_: Request, error: Exception) -> Response:
+        status, kind = STATUSES[type(error)]
         body = error_body(str(error), kind, getattr(error, "param", None), getattr(error, "code", None))
+        headers = {"Retry-After": str(getattr(error, "retry_after", 5))} if status == 503 else None
         return JSONResponse(body, status, headers)
 
-    @app.middleware("http")
-    async def guard(request: Request, call: Callable[[Request], Any]) -> Response:
-        try:
-            response = await call(request)
-        except TooLarge as error:
-            response = refused(413, "invalid_request_error", error)
-        except WrongType as error:
-            response = refused(415, "invalid_request_error", error)
-        except (BadRequest, TokenizerMissing) as error:
-            response = refused(400, "invalid_request_error", error)
-        except Overloaded as error:
-            response = refused(503, "overloaded_error", error, {"Retry-After": str(error.retry_after)})
-        except NotReady as error:
-            response = refused(503, "not_ready_error", error, {"Retry-After": "5"})
-        except GenerationFailed as error:
-            response = refused(500, "server_error", error)
-        except Exception as error:
-            log.exception("%s %s failed", request.method, request.url.path)
-            response = refused(500, "server_error", RuntimeError(f"internal error: {type(error).__name__}"))
-        serving.metrics.response(
-            request.url.path if response.status_code != 404 else "other", response.status_code
-        )
-        return response
+    for error in STATUSES:
+        app.add_exception_handler(error, known)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return JSONResponse(error_body(f"internal error: {type(error).__name__}", "server_error"), 500)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -159,16 +171,20 @@ def _add_errors(app: FastAPI, serving: Serving) -> None:
         return JSONResponse(error_body(text, "invalid_request_error"), status)
 
 
-class TooLarge(ValueError):
-    """The body exceeds the limit."""
+class CountResponses:
+    """ASGI middleware that counts responses by path and status; it adds nothing to a stream's parts."""
 
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app, self._metrics = app, metrics
 
-class WrongType(ValueError):
-    """The body is not declared to be JSON."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._metrics.response("other" if status == 404 else scope["path"], status)
+            await send(message)
 
-
-class NotReady(RuntimeError):
-    """The model is still loading."""
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)
 
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:

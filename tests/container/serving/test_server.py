@@ -257,6 +257,37 @@ def test_prefix_is_reused(server: Server) -> None:
     assert again["choices"] == first["choices"]
 
 
+def test_a_dead_engine_thread_makes_the_server_unhealthy(tiny_folder: Path) -> None:
+    gate = threading.Event()
+    gate.set()
+    server = Server(tiny_folder, gate)
+    server.wait_ready()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    server.app.state.serving.metrics.step = broken
+    assert post(server, prompt="a").status_code == 500
+    assert server.client.get("/ping").status_code == 503
+    assert post(server, prompt="a").status_code == 503
+    server.stop()
+
+
+def test_a_failing_step_ends_only_its_own_requests(tiny_folder: Path) -> None:
+    gate = threading.Event()
+    gate.set()
+    server = Server(tiny_folder, gate)
+    server.wait_ready()
+    model, server.engine.model = server.engine.model, None  # type: ignore[assignment]
+    failed = post(server, prompt="a")
+    assert failed.status_code == 500
+    assert failed.json()["error"]["type"] == "server_error"
+    server.engine.model = model
+    assert post(server, prompt="a").status_code == 200
+    server.wait_idle()
+    server.stop()
+
+
 def test_metrics(server: Server) -> None:
     post(server, prompt="hello", max_tokens=3)
     text = server.client.get("/metrics").text
