@@ -8,6 +8,8 @@ Each workaround, and why:
 - `Builder.register` calls the request builder under a holder of model step arguments: ModelBuilder.register()
   adds SAGEMAKER_PROGRAM and its like to the container, ModelPackage.create() of core.resources calls AWS.
 - `CanonicalPipeline`: the SDK orders dependencies by set iteration, which differs from process to process.
+- `ProcessingStep` makes a whole client of the local mode, 0.3 s, to read the name of one of its methods; the
+  class has the method as well.
 - `SageMakerConfig` checks the whole configuration against its schema at each of some ninety look-ups while
   rendering, 0.1 s each; ours is a constant that the session checks once.
 """
@@ -35,6 +37,7 @@ logging.getLogger().addHandler(_placeholder)
 
 import boto3  # noqa: E402
 from sagemaker.core.config.config_manager import SageMakerConfig  # noqa: E402
+from sagemaker.core.local.local_session import LocalSagemakerClient  # noqa: E402
 from sagemaker.core.model_registry import create_model_package_from_containers  # noqa: E402
 from sagemaker.core.network import NetworkConfig  # noqa: E402
 from sagemaker.core.processing import Processor  # noqa: E402
@@ -58,6 +61,7 @@ from sagemaker.core.workflow.parameters import (  # noqa: E402
 )
 from sagemaker.core.workflow.pipeline_context import PipelineSession, _ModelStepArguments  # noqa: E402
 from sagemaker.core.workflow.properties import PropertyFile  # noqa: E402
+from sagemaker.mlops.workflow import steps as step_module  # noqa: E402
 from sagemaker.mlops.workflow.condition_step import ConditionStep  # noqa: E402
 from sagemaker.mlops.workflow.endpoint_step import EndpointConfigStep, EndpointStep  # noqa: E402
 from sagemaker.mlops.workflow.fail_step import FailStep  # noqa: E402
@@ -72,6 +76,7 @@ from sagemaker.mlops.workflow.retry import (  # noqa: E402
 from sagemaker.mlops.workflow.steps import CacheConfig, ProcessingStep  # noqa: E402
 
 logging.getLogger().removeHandler(_placeholder)
+step_module.LocalSagemakerClient = lambda: LocalSagemakerClient
 SageMakerConfig.validate_sagemaker_config = staticmethod(lambda config=None: None)
 
 if TYPE_CHECKING:

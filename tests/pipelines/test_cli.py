@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,14 +81,15 @@ def test_commands_that_need_no_sdk_do_not_import_it() -> None:
 
 
 def test_it_starts_within_half_a_second() -> None:
+    """Processor time, because other tests share the machine; nothing waits for disk or network here."""
     seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "pipelines.cli", "--help"], check=True, stdout=subprocess.DEVNULL
-        )
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5  # the best of five: other tests share the processor
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "pipelines.cli", "--help"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize(
