@@ -37,7 +37,9 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.plans: dict[tuple[Any, ...], _Plan] = {}
-        self.workspaces: dict[torch.device, Tensor] = {}
+        # By device and stream: two runs at a time may not share a workspace.
+        self.workspaces: dict[tuple[torch.device, int | None], Tensor] = {}
+        self.outgrown: list[Tensor] = []  # a captured CUDA graph may still run in them
         self.error = ctypes.create_string_buffer(ERROR_BYTES)
 
 
@@ -92,10 +94,10 @@ class CompiledBackend:
         device = q.device
         out = torch.empty(plan.out_shape, dtype=q.dtype, device=device)
         lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=device)
-        workspace = local.workspaces.get(device)
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else None
+        workspace = local.workspaces.get((device, stream))
         if workspace is None or workspace.numel() < plan.workspace_bytes + WORKSPACE_ALIGN:
-            workspace = torch.empty(plan.workspace_bytes + WORKSPACE_ALIGN, dtype=torch.uint8, device=device)
-            local.workspaces[device] = workspace
+            workspace = self._grow_workspace(device, stream, plan.workspace_bytes)
         params = plan.params
         base = workspace.data_ptr()
         params.q = q.data_ptr()
@@ -106,14 +108,23 @@ class CompiledBackend:
         params.lse = lse.data_ptr()
         params.workspace = base + -base % WORKSPACE_ALIGN
         if on_gpu:
+            params.stream = stream
             with torch.cuda.device(device):
-                params.stream = torch.cuda.current_stream(device).cuda_stream
                 status = self._run(plan.address, local.error, ERROR_BYTES)
         else:
             status = self._run(plan.address, local.error, ERROR_BYTES)
         if status:
             raise _status_error(status, self.name, local.error.value.decode(errors="replace"))
         return out, lse
+
+    def _grow_workspace(self, device: torch.device, stream: int | None, needed: int) -> Tensor:
+        """A zeroed workspace: a GPU target counts in it from 0 (csrc/mla_decode.h), each run ends at 0."""
+        outgrown = self._local.workspaces.get((device, stream))
+        if outgrown is not None and stream is not None:
+            self._local.outgrown.append(outgrown)
+        workspace = torch.zeros(needed + WORKSPACE_ALIGN, dtype=torch.uint8, device=device)
+        self._local.workspaces[device, stream] = workspace
+        return workspace
 
     def _plan(
         self,

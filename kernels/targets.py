@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -24,9 +23,20 @@ SOURCE_ROOT = Path(__file__).resolve().parent / "csrc"
 # Optimised but strict IEEE arithmetic: the kernels rely on NaN and infinities. No -march: each translation
 # unit names the instruction sets it needs and the library picks one at run time, so the artifact runs on any
 # machine of its kind.
-CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast",
-"-fno-math-errno",
-             "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Werror=return-type")  # fmt: skip
+CPU_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+    "-Werror=return-type",
+)
 CPU_LINK_FLAGS = (
     "-shared",
     "-fopenmp",
@@ -36,25 +46,28 @@ CPU_LINK_FLAGS = (
     "-Wl,--exclude-libs,ALL",
     "-Wl,--build-id=none",
 )
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 CPU_UNIT_FLAGS: Mapping[str, tuple[str, ...]] = {
-    "kernel_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
-    "kernel_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-    "kernel_avx512bf16.cc": (
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx512bf16",
-        "-mfma",
-        "-mf16c",
-    ),
+    "kernel_avx2.cc": _AVX2,
+    "kernel_avx512.cc": _AVX512,
+    "kernel_avx512bf16.cc": (*_AVX512, "-mavx512bf16"),
 }
 X86 = ("x86_64", "AMD64")
 
-HOPPER_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler",
-"-fPIC",
-                "-Xcompiler", "-fvisibility=hidden", "--resource-usage", "--expt-relaxed-constexpr",
-                "-lineinfo")  # fmt: skip
+HOPPER_FLAGS = (
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-lineinfo",
+    "--resource-usage",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler",
+    "-fPIC",
+    "-Xcompiler",
+    "-fvisibility=hidden",
+)
 
 
 class BuildError(RuntimeError):
@@ -139,11 +152,11 @@ def cpu_recipe() -> Recipe:
 
 def _compile_cpu(recipe: Recipe, folder: Path, log: Path) -> CompilerReport:
     units = [(source, folder / f"{source.stem}.o") for source in recipe.sources]
+    common = [*recipe.compiler, *CPU_FLAGS, f"-I{SOURCE_ROOT}"]
     commands = [
-        [*recipe.compiler, *CPU_FLAGS, *CPU_UNIT_FLAGS.get(source.name, ()), f"-I{SOURCE_ROOT}", "-c",
-         str(source), "-o", str(unit)]
+        [*common, *CPU_UNIT_FLAGS.get(source.name, ()), "-c", str(source), "-o", str(unit)]
         for source, unit in units
-    ]  # fmt: skip
+    ]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         output = list(pool.map(_run, commands))
     link = [*recipe.compiler, *(str(unit) for _, unit in units), *CPU_LINK_FLAGS, "-o", str(folder / LIBRARY)]
@@ -157,27 +170,18 @@ def _compile_cpu(recipe: Recipe, folder: Path, log: Path) -> CompilerReport:
 
 
 def hopper_recipe() -> Recipe:
-    """CUDA C++ for sm_90a by nvcc; CuTe's headers come from PyPI's nvidia-cutlass."""
+    """CUDA C++ for sm_90a by nvcc, with no headers but the toolkit's."""
     folder = SOURCE_ROOT / "hopper"
     sources = sorted(folder.glob("*.cu"))
     if not sources:
         raise BuildError("csrc/hopper holds no sources", unavailable=True)
     if shutil.which("nvcc") is None:
         raise BuildError("nvcc not found on PATH; install the CUDA toolkit 12.4 or newer", unavailable=True)
-    spec = importlib.util.find_spec("cutlass_library")
-    if spec is None or not spec.submodule_search_locations:
-        raise BuildError(
-            "CUTLASS headers not found; pip install nvidia-cutlass (the extra `hopper`)", unavailable=True
-        )
-    cutlass = Path(spec.submodule_search_locations[0]) / "source" / "include"
-    nvcc = Path(shutil.which("nvcc") or "nvcc").resolve()
-    cccl = nvcc.parent.parent / "include" / "cccl"
-    includes = [f"-I{SOURCE_ROOT}", f"-I{cutlass}", *([f"-I{cccl}"] if cccl.is_dir() else [])]
     headers = [SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h")), *sorted(folder.glob("*.cuh"))]
     return Recipe(
         target="hopper",
-        compiler=("nvcc", *includes),
-        compiler_version=_compiler_version(("nvcc",)) + f" cutlass {_cutlass_version(cutlass)}",
+        compiler=("nvcc", f"-I{SOURCE_ROOT}"),
+        compiler_version=_compiler_version(("nvcc",)),
         flags=HOPPER_FLAGS,
         sources=tuple(sources),
         headers=tuple(headers),
@@ -222,8 +226,3 @@ def _compiler_version(command: tuple[str, ...]) -> str:
         )
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return lines[-1] if command[0] == "nvcc" else lines[0]
-
-
-def _cutlass_version(include: Path) -> str:
-    header = (include / "cutlass" / "version.h").read_text()
-    return ".".join(re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", header))

@@ -21,7 +21,7 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _split_kernel(
+def _split_kernel(  # type: ignore[no-untyped-def]  # the language has no types to name
     q_ptr, kv_ptr, table_ptr, seqlens_ptr, acc_ptr, stats_ptr,
     q_stride_b, q_stride_s, q_stride_h, kv_stride_block, kv_stride_token, table_stride,
     scale_log2, h_q, rows, s_q, num_splits,
@@ -105,7 +105,7 @@ def _split_kernel(
 
 
 @triton.jit
-def _merge_kernel(
+def _merge_kernel(  # type: ignore[no-untyped-def]
     acc_ptr, stats_ptr, out_ptr, lse_ptr,
     out_stride_b, out_stride_s, out_stride_h, h_q, rows, s_q, num_splits,
     LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels import BuildError, KernelIndex, KernelPackage, KernelPackageError, build, get_backend
-from kernels.build import cached_package, main
+from kernels import BuildError, KernelIndex, KernelPackage, KernelPackageError, get_backend
+from kernels.build import build, cached_package, main
 from kernels.package import combined_sha256
 
 FakeCompiler = Callable[..., Path]
