@@ -60,12 +60,8 @@ def check_arguments(
 
     Reads metadata only, never tensor contents: block indices and lengths are checked by the backend.
     """
-    for name, tensor in (
-        ("q", q),
-        ("k_cache", k_cache),
-        ("block_table", block_table),
-        ("cache_seqlens", cache_seqlens),
-    ):
+    tensors = {"q": q, "k_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
     if q.dim() != 4:
@@ -97,19 +93,9 @@ def check_arguments(
     for name, tensor in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
         if tensor.dtype != torch.int32:
             _refuse(name, f"is {tensor.dtype}", "torch.int32")
-    for name, tensor in (
-        ("k_cache", k_cache),
-        ("block_table", block_table),
-        ("cache_seqlens", cache_seqlens),
-    ):
+    for name, tensor in tensors.items():
         if tensor.device != q.device:
             _refuse(name, f"is on {tensor.device}", f"{q.device}, where q is")
-    for name, tensor in (
-        ("q", q),
-        ("k_cache", k_cache),
-        ("block_table", block_table),
-        ("cache_seqlens", cache_seqlens),
-    ):
         if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             _refuse(name, f"has stride {tensor.stride(-1)} in its last dimension", "1; call .contiguous()")
     if softmax_scale is not None and not math.isfinite(softmax_scale):

@@ -33,23 +33,18 @@ class DecodeParams(ctypes.Structure):
     """`mla_decode_params` of csrc/mla_decode.h; the library refuses another size."""
 
     _fields_ = (
-        *((name, ctypes.c_uint32) for name in ("struct_bytes",)),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "q_dtype",
-                "kv_dtype",
-                "batch",
-                "s_q",
-                "h_q",
-                "kv_lora_rank",
-                "rope_dim",
-                "num_blocks",
-                "page_size",
-                "max_blocks_per_seq",
-                "causal",
-            )
-        ),
+        ("struct_bytes", ctypes.c_uint32),
+        ("q_dtype", ctypes.c_int32),
+        ("kv_dtype", ctypes.c_int32),
+        ("batch", ctypes.c_int32),
+        ("s_q", ctypes.c_int32),
+        ("h_q", ctypes.c_int32),
+        ("kv_lora_rank", ctypes.c_int32),
+        ("rope_dim", ctypes.c_int32),
+        ("num_blocks", ctypes.c_int32),
+        ("page_size", ctypes.c_int32),
+        ("max_blocks_per_seq", ctypes.c_int32),
+        ("causal", ctypes.c_int32),
         ("softmax_scale", ctypes.c_float),
         ("num_splits", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),

@@ -68,9 +68,15 @@ class Inputs:
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int, float, bool]:
         """The positional arguments of a Backend."""
-        return (self.q, self.k_cache, self.block_table, self.cache_seqlens, self.head_dim_v,
-        self.softmax_scale,
-                self.causal)  # fmt: skip
+        return (
+            self.q,
+            self.k_cache,
+            self.block_table,
+            self.cache_seqlens,
+            self.head_dim_v,
+            self.softmax_scale,
+            self.causal,
+        )
 
 
 def make_inputs(
@@ -109,9 +115,8 @@ def make_inputs(
         taken += count
     packed = quantize_fp8_ds_mla(cache) if kv_dtype == torch.uint8 else cache.to(kv_dtype)
     if poison:
-        nan: float | int = (
-            0xFF if kv_dtype == torch.uint8 else float("nan")
-        )  # 0xFF is NaN in e4m3, float32, bfloat16
+        # Bytes of 0xFF are NaN in e4m3, float32 and bfloat16 alike.
+        nan: float | int = 0xFF if kv_dtype == torch.uint8 else float("nan")
         packed[order[taken:].long()] = nan
         for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
             if count:
