@@ -199,7 +199,7 @@ class Builder:
             entrypoint=["python3", "-m", f"steps.{module}"],
             volume_size_in_gb=settings.jobs.volume_gb,
             # The service refuses a volume key on machines with disks of their own (g5, g6e, p4d, p5), which a
-            # rerun may choose; those encrypt themselves, and another machine's volume takes the service's key.
+            # rerun may choose; those encrypt themselves, other machines' volumes take the service's key.
             volume_kms_key=None if instance_type else settings.kms_key,
             output_kms_key=settings.kms_key,
             max_runtime_in_seconds=60 * settings.jobs.timeout_minutes,
