@@ -126,6 +126,26 @@ def test_the_report_is_one_page_that_loads_nothing(evaluated, result):
     assert "tiny, version 7" in page
 
 
+def test_the_report_shows_the_comparison_with_production(result):
+    assert result.production.reason == "No production endpoint was named."
+    assert result.gate.regression_percent == 0
+    assert "Nothing was compared. No production endpoint was named." in report.render(result, PROVENANCE)
+    production = Production(
+        model_package_arn="arn:live", interleaved=True, decode_step_ms=2.0, candidate_decode_step_ms=2.5,
+        operator_regression_percent=-3.0, decode_step_regression_percent=25.0,
+        latency_regression_percent=25.0, text="own text", perplexity=8.0, candidate_perplexity=7.6, perplexity_per="token",
+        choices_equal_percent=91.0, quality_regression_percent=-5.0,
+    )  # fmt: skip
+    gate = result.gate.model_copy(update={"regression_percent": evaluate.worst_regression(production)})
+    page = report.render(result.model_copy(update={"production": production, "gate": gate}), PROVENANCE)
+    for words in ("arn:live", "+25.0 %", "-3.0 %", "-5.0 %", "worst regression is +25.0 %", "own text"):
+        assert words in page
+    part = production.model_copy(
+        update={"decode_step_ms": None, "operator_regression_percent": None, "reason": "Why."}
+    )
+    assert "Why." in report.render(result.model_copy(update={"production": part}), PROVENANCE)
+
+
 def test_an_incorrect_backend_never_wins(inputs, monkeypatch):
     distort(monkeypatch, 1.05)
     outcome = operator.hold_contest(
@@ -152,6 +172,7 @@ def test_an_incorrect_kernel_still_gets_its_verdict_written(inputs, tmp_path, mo
     run = StepRun(evaluate, root(inputs, tmp_path)).start(backend="cpu", workload="1x64")
     gate = run.json("evaluation", "evaluation.json")["gate"]
     assert (gate["correct"], gate["relative_error"]) == (0, OUT_OF_BOUNDS)
+    assert gate["regression_percent"] == OUT_OF_BOUNDS
     page = (run.root / "processing/output/evaluation/report.html").read_text()
     assert "Not correct: " in page
     assert "not finite" in page
