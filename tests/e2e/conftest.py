@@ -56,7 +56,7 @@ class Chain:
         return service.packages(self.aws, self.local.settings.names.model_package_group)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """`mla-pipeline run` up to a decision, which is to reject."""
     before = dict(os.environ)

@@ -1,4 +1,4 @@
-"""One sandbox for this folder's tests, small clients and a builder of toy definitions."""
+"""One sandbox, for this folder alone: a process holds one at a time. Small clients, a builder of definitions."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def output_uri(step: str, output: str) -> dict[str, Any]:
     return {"Std:Join": {"On": "/", "Values": parts}}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     with Sandbox(
         tmp_path_factory.mktemp("sandbox"),
@@ -168,7 +168,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def aws(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Aws:
     role = prepare_account(sandbox.endpoint_url, bucket=BUCKET, role_name="runner", region=REGION)
     return Aws(sandbox, role, tmp_path_factory.mktemp("scripts"))
