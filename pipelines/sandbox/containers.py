@@ -149,7 +149,7 @@ class Container:
         self._log = LogReader(self._runtime.backends, self._child, group, stream)
 
     def _note(self, operation: str, inside: str, uri: str) -> None:
-        """Log the transfer of a folder's files as the calls that the service makes with the container's role."""
+        """Log the transfer of a folder's files: calls of the service with the container's role."""
         bucket, prefix = parse_s3_uri(uri)
         for path in self.path(inside).rglob("*"):
             if path.is_file():

@@ -44,8 +44,8 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
     def same(stack: MotoStack, parameters: dict[str, str]) -> bool:
         return {**stack.stack_parameters, **parameters} == stack.stack_parameters
 
-    # Three gaps of moto: a stack made by a change set has no outputs, defaults count as changed parameters, and
-    # a change set without changes is an error at once instead of one that fails with its reason.
+    # Three gaps of moto: a stack made by a change set has no outputs, defaults count as changed parameters, a
+    # change set without changes is an error at once instead of one that fails with its reason.
     monkeypatch.setattr(CloudFormationResponse, "_validate_different_update", lambda *arguments: None)
     monkeypatch.setattr(ChangeSet, "apply", apply_with_outputs)
     monkeypatch.setattr(MotoStack, "has_parameters", same)

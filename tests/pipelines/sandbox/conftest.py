@@ -1,4 +1,4 @@
-"""One sandbox, for this folder alone: a process holds one at a time. Small clients, a builder of definitions."""
+"""One sandbox, for this folder alone: a process holds one at a time. Small clients, and toy definitions."""
 
 from __future__ import annotations
 
