@@ -133,8 +133,9 @@ def test_the_report_shows_the_comparison_with_production(result):
     production = Production(
         model_package_arn="arn:live", interleaved=True, decode_step_ms=2.0, candidate_decode_step_ms=2.5,
         operator_regression_percent=-3.0, decode_step_regression_percent=25.0,
-        latency_regression_percent=25.0, text="own text", perplexity=8.0, candidate_perplexity=7.6, perplexity_per="token",
-        choices_equal_percent=91.0, quality_regression_percent=-5.0,
+        latency_regression_percent=25.0, text="own text", perplexity=8.0,
+        candidate_perplexity=7.6, perplexity_per="token", choices_equal_percent=91.0,
+        quality_regression_percent=-5.0,
     )  # fmt: skip
     gate = result.gate.model_copy(update={"regression_percent": evaluate.worst_regression(production)})
     page = report.render(result.model_copy(update={"production": production, "gate": gate}), PROVENANCE)
