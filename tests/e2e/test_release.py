@@ -45,6 +45,13 @@ def alias(chain: Chain, name: str) -> str | None:
     return client.get_registered_model(run.DEMO).aliases.get(name)
 
 
+def explain(chain: Chain, execution: service.Execution) -> str:
+    """Why it failed, with the failed steps' logs."""
+    failed = [step.name for step in execution.steps if step.status == "Failed"]
+    logs = [line for name in failed for line in service.logs(chain.aws, execution.arn, name)]
+    return "\n".join([service.reason(execution), *logs])
+
+
 def test_the_release_passes_every_step(chain: Chain) -> None:
     assert chain.summary.status == "Succeeded"
     assert set(chain.summary.seconds) >= STEPS
@@ -118,7 +125,7 @@ def test_approval_by_a_plain_client_moves_the_version_to_production(chain: Chain
     while len(chain.production_executions()) == started and time.monotonic() < deadline:
         time.sleep(0.1)
     ended = service.wait(chain.aws, service.latest(chain.aws, chain.production), 0.2, 180)
-    assert ended.status == "Succeeded", service.reason(ended)
+    assert ended.status == "Succeeded", explain(chain, ended)
     answer = service.invoke(chain.aws, "mla-production", "The assert", 4)
     assert answer["usage"]["completion_tokens"] == 4
     version = service.package(chain.aws, package).metadata["MlflowModelVersion"]
