@@ -16,7 +16,8 @@ from typing import Any
 
 from steps.job import Job, StepError, run
 from steps.registry import accelerated
-from steps.registry.access import Registry, connect, explained
+from steps.registry.access import Registry, connect
+from steps.registry.errors import explained
 from steps.registry.provenance import NONE
 
 log = logging.getLogger("steps.record_release")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from steps.job import StepError
-from steps.registry.access import Registry, explained
+from steps.registry.access import Registry
+from steps.registry.errors import explained
 from steps.registry.provenance import NONE
 from steps.registry.requirements import image_versions
 

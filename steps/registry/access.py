@@ -5,24 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import urllib.parse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import requests
 
 from steps.job import StepError, redact
-from steps.registry.credentials import SECRET_VARIABLE, load_credentials
-from steps.registry.remote import Store, open_store
+from steps.registry.credentials import load_credentials
+from steps.registry.errors import error_code, explained
+from steps.registry.remote import Store
+from steps.registry.stores import open_store
 from steps.registry.uris import ModelUri, check_unity_catalog_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger("steps.registry")
-
-GRANTS = "EXECUTE on the model, USE CATALOG and USE SCHEMA on its parents"
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _by_alias(registry: Registry, uri: ModelUri) -> Any:
         return registry.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         # "no such alias" is INVALID_PARAMETER_VALUE on a server and RESOURCE_DOES_NOT_EXIST in Unity Catalog
-        if _code(error)[0] not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+        if error_code(error)[0] not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
             raise
     aliases = registry.client.get_registered_model(name).aliases  # raises when the model itself is missing
     known = ", ".join(f"{key} (version {value})" for key, value in sorted(aliases.items())) or "none"
@@ -217,82 +216,6 @@ def _tracking_repository(repository: Any) -> Any:
     except Exception as error:  # whatever it is, mlflow's own repository falls back as well
         log.debug("no Files API for %s: %s", repository.artifact_uri, type(error).__name__)
         return repository.databricks_artifact_repo
-
-
-@contextmanager
-def explained(registry: Registry, subject: str) -> Iterator[None]:
-    """Turn what the mlflow, Databricks and AWS clients raise into a StepError that names cause and remedy."""
-    try:
-        yield
-    except StepError:
-        raise
-    except Exception as error:
-        explanation = _explain(registry, subject, error)
-        # a client error's own text may quote signed URLs; a programming error's traceback is needed
-        programming = isinstance(error, (TypeError, AttributeError, KeyError, IndexError, ImportError))
-        raise explanation from (error if programming else None)
-
-
-def _explain(registry: Registry, subject: str, error: Exception) -> StepError:
-    code, status = _code(error)
-    # the Databricks SDK appends its whole configuration to some errors
-    text = redact(" ".join(str(error).split())).partition(" Config: ")[0].rstrip(".")[:300]
-    where = registry.registry_uri
-    if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "NoSuchKey", "NoSuchBucket") or status == 404:
-        return StepError(
-            f"{subject} does not exist in {where}: {text}.", "Correct the name, version or alias."
-        )
-    if code in ("UNAUTHENTICATED", "ExpiredToken", "InvalidAccessKeyId", "invalid_client") or status == 401:
-        return StepError(
-            f"{where} refused the credentials ({registry.credentials}) for {subject}: {text}.",
-            f"Renew the secret that {SECRET_VARIABLE} names; check DATABRICKS_HOST.",
-        )
-    if code in ("PERMISSION_DENIED", "AccessDenied") or status == 403:
-        return StepError(
-            f"{subject}: permission denied by {where}: {text}.",
-            f"Grant the job's principal {GRANTS}; `mla-pipeline doctor` says which is missing.",
-        )
-    if code == "REQUEST_LIMIT_EXCEEDED" or status == 429:
-        return StepError(
-            f"{where} limits the rate of requests (429) for {subject}.", "Start the step again later."
-        )
-    if status and status >= 500:
-        return StepError(
-            f"{where} failed with {status} for {subject}: {text}.", "Start the step again later."
-        )
-    if "auth" in text.lower() and ("default auth" in text or "oidc" in text or "credential" in text.lower()):
-        return StepError(
-            f"No credentials for {where} that work: {text}.",
-            f"Give the job {SECRET_VARIABLE}: a secret with client_id and client_secret, or token.",
-        )
-    return StepError(
-        f"{subject} in {where}: {type(error).__name__}: {text}.", "Check the URI and the registry."
-    )
-
-
-def _code(error: Exception) -> tuple[str, int]:
-    """The registry's error code and HTTP status, as far as the exception tells them."""
-    chain: BaseException | None = error
-    while chain is not None:
-        response = getattr(chain, "response", None)
-        if isinstance(response, dict):  # botocore
-            return str(response.get("Error", {}).get("Code", "")), 0
-        status = getattr(response, "status_code", 0) or 0
-        code = getattr(chain, "error_code", "") or ""
-        if code and code != "INTERNAL_ERROR":
-            return str(code), status
-        if status:
-            return str(code), int(status)
-        text = str(chain)
-        if text.startswith("invalid_client"):  # the OAuth error code that Databricks' SDK puts first
-            return "invalid_client", 401
-        if type(chain).__name__ == "RestException":
-            return str(code), chain.get_http_status_code()  # type: ignore[attr-defined]
-        for number in (401, 403, 404, 429, 500, 502, 503, 504):
-            if f"error code {number}" in text or f"{number} error" in text or f"too many {number}" in text:
-                return "", number
-        chain = chain.__cause__ or chain.__context__
-    return "", 0
 
 
 def _check_host(uri: str) -> None:

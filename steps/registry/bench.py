@@ -18,8 +18,10 @@ from typing import Any
 
 import requests
 
-from steps.registry.download import PART_BYTES, Progress, download
-from steps.registry.remote import CHUNK, HttpStore, Location, RemoteFile
+from steps.registry.download import PART_BYTES, download
+from steps.registry.partial import Progress
+from steps.registry.remote import CHUNK, RemoteFile
+from steps.registry.stores import HttpStore, Location
 
 
 class UrlStore(HttpStore):

@@ -20,7 +20,8 @@ from botocore.exceptions import ClientError
 
 from steps import aws, model_package
 from steps.job import StepError
-from steps.registry.access import Registry, connect, explained, resolve
+from steps.registry.access import Registry, connect, resolve
+from steps.registry.errors import explained
 from steps.registry.provenance import NONE
 from steps.registry.uris import ModelUri, parse_model_uri
 

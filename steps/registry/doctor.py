@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steps.job import StepError, redact
-from steps.registry.access import Registry, ResolvedModel, connect, explained, resolve
+from steps.registry.access import Registry, ResolvedModel, connect, resolve
+from steps.registry.errors import explained
 from steps.registry.remote import TransferError
 from steps.registry.uris import ModelUri, check_unity_catalog_name, parse_model_uri
 

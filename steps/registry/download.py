@@ -8,67 +8,23 @@ only when its size and, where the store gives one, its checksum agree.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from steps.job import StepError
-from steps.registry.remote import CHUNK, ExpiredError, RemoteFile, Store, TransferError
+from steps.registry.partial import Downloaded, PartialFile, Progress, size_text
+from steps.registry.remote import ExpiredError, RemoteFile, Store, TransferError
 
 log = logging.getLogger("steps.download")
 
 PART_BYTES = 32 << 20
 ATTEMPTS = 6  # of one part without a byte of progress
 _SPACE_RESERVE = 256 << 20  # bytes left free on the disk
-_STATE_SECONDS = 1.0
-_HASH_BYTES = (
-    4 << 20
-)  # read and hashed at a time; larger than CHUNK, as every piece is a turn at Python's lock
-
-
-@dataclass(frozen=True)
-class Downloaded:
-    """A verified file: path relative to the model folder, size in bytes, SHA-256, the store's validator."""
-
-    path: str
-    bytes: int
-    sha256: str
-    etag: str
-
-
-@dataclass
-class Progress:
-    """Bytes so far, for the log: every few seconds the amount, the share and the rate since the last line."""
-
-    total: int
-    seconds: float = 5.0
-    report: Callable[[str], None] = lambda line: log.info("%s", line)
-    done: int = 0
-    fetched: int = 0  # bytes that came over the network in this process; resumed ones did not
-    _last: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, count: int, fetched: bool = True) -> None:
-        with self._lock:
-            self.done += count
-            self.fetched += count if fetched else 0
-            now = time.monotonic()
-            elapsed = now - self._last[0]
-            if elapsed < self.seconds:
-                return
-            rate = (self.fetched - self._last[1]) / elapsed
-            self._last = (now, self.fetched)
-            share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
-            line = f"downloaded {_size(self.done)} of {_size(self.total)}{share}, {_size(rate)}/s"
-        self.report(line)
 
 
 def download(
@@ -106,7 +62,8 @@ def download(
     known = sum(file.bytes or 0 for file in files)
     progress = progress or Progress(known)
     part_bytes = part_bytes or PART_BYTES
-    tasks = [_File(file, destination, work, store, part_bytes, progress, bool(resume_dir)) for file in files]
+    durable = resume_dir is not None
+    tasks = [PartialFile(file, destination, work, store, part_bytes, progress, durable) for file in files]
     for task in tasks:
         task.check_restored()
     _check_space(work, known - progress.done)
@@ -123,9 +80,9 @@ def download(
 class _Pool:
     """The threads that fetch parts. The first error that no retry helps against stops them all."""
 
-    def __init__(self, store: Store, tasks: Sequence[_File], workers: int, backoff: float) -> None:
+    def __init__(self, store: Store, tasks: Sequence[PartialFile], workers: int, backoff: float) -> None:
         self._store, self._backoff = store, backoff
-        self._queue: queue.SimpleQueue[tuple[_File, int] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[PartialFile, int] | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
         self._renewing = threading.Lock()
@@ -168,7 +125,7 @@ class _Pool:
             except BaseException as error:
                 self._fail(error)
 
-    def _hash(self, task: _File) -> None:
+    def _hash(self, task: PartialFile) -> None:
         try:
             task.follow(self._stop)
         except BaseException as error:
@@ -178,7 +135,7 @@ class _Pool:
         self._errors.append(error)
         self._stop.set()
 
-    def _fetch(self, task: _File, part: int) -> None:
+    def _fetch(self, task: PartialFile, part: int) -> None:
         failures = renewals = 0
         while not self._stop.is_set():
             before, asked = task.position(part), time.monotonic()
@@ -215,263 +172,10 @@ class _Pool:
                 self._renewed = time.monotonic()
 
 
-class _File:
-    """One file: its parts, what of them is on disk, and its hash."""
-
-    def __init__(
-        self,
-        remote: RemoteFile,
-        destination: Path,
-        work: Path,
-        store: Store,
-        part_bytes: int,
-        progress: Progress,
-        durable: bool,
-    ) -> None:
-        self.path, self._size = remote.path, remote.bytes
-        self._final = destination / remote.path
-        key = hashlib.sha256(remote.path.encode()).hexdigest()[:16]
-        self._part_file, self._state_file = work / f"{key}.part", work / f"{key}.json"
-        self._store, self._progress, self._durable = store, progress, durable
-        size = remote.bytes or 0
-        self.parallel = size > 2 * CHUNK
-        step = part_bytes if self.parallel else max(size, 1)
-        self._starts = list(range(0, size, step)) or [0]
-        self._ends: list[int | None] = [min(start + step, size) for start in self._starts]
-        if remote.bytes is None:
-            self._ends = [None]
-        self._at = list(self._starts)  # next byte to fetch, per part
-        self._etag = ""
-        self._md5: str | None = None
-        self._changes = 0
-        self._changed = threading.Condition(threading.RLock())
-        self._saved = time.monotonic()
-        self._digest: str | None = None
-        self._md5_digest: str | None = None
-        self._opened: int | None = None
-        self._result: Downloaded | None = None
-        self._restore()
-
-    def missing(self) -> list[int]:
-        """Parts that are not complete on disk."""
-        return [part for part in range(len(self._starts)) if not self._complete(part)]
-
-    def position(self, part: int) -> int:
-        """Offset of the next byte that part lacks."""
-        return self._at[part]
-
-    def check_restored(self) -> None:
-        """Drop what an earlier process left when the store holds another content now."""
-        if not self._etag:
-            return
-        try:
-            body = self._store.open(self.path, 0, 1)
-        except TransferError:
-            return  # the store is busy; every part's own answer is compared as well
-        body.close()
-        if body.version != self._etag:
-            log.info("%s: changed in the store; starting anew", self.path)
-            self.forget()
-
-    def fetch(self, part: int, stop: threading.Event) -> None:
-        """Fetch what `part` lacks. Raises TransferError after keeping what came."""
-        if self._complete(part):
-            return
-        start, end = self._at[part], self._ends[part]
-        ranged = self.parallel or start > 0
-        body = self._store.open(self.path, start, end if ranged else None)
-        try:
-            self._accept(body.version, body.total, body.md5, part)
-            skip = start - body.start  # a store that ignores ranges sends the whole file
-            if skip < 0:
-                raise TransferError(f"{self.path}: the store began at byte {body.start}, asked was {start}")
-            for chunk in body.chunks:
-                if stop.is_set():
-                    return
-                if skip:
-                    chunk, skip = chunk[skip:], max(0, skip - len(chunk))
-                position = self._at[part]
-                if end is not None and position + len(chunk) > end:
-                    if body.start == start and not ranged:
-                        raise self._differs(f"more than its {end} bytes")
-                    chunk = chunk[: end - position]
-                if chunk:
-                    self._write(part, chunk)
-                if end is not None and self._at[part] >= end:
-                    break
-        finally:
-            body.close()
-        if end is None:
-            self._size = self._ends[part] = self._at[part]
-            if body.total is not None and body.total != self._size:
-                self._ends[part] = None
-                raise TransferError(f"{self.path}: {self._size} of {body.total} bytes came")
-        elif self._at[part] < end:
-            raise TransferError(f"{self.path}: the answer ended at byte {self._at[part]} of {end}")
-        self.save(force=False)
-
-    def follow(self, stop: threading.Event) -> None:
-        """Hash the file while it arrives, up to the first byte that is missing; return when all is hashed."""
-        digest, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-        position, size, changes = 0, self._size or 0, self._changes
-        while position < size:
-            with self._changed:
-                while (ready := self._prefix()) <= position and self._changes == changes:
-                    self._changed.wait(0.5)
-                    if stop.is_set():
-                        return
-                if self._changes != changes:  # the file was replaced: what was hashed is void
-                    digest, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-                    position, changes = 0, self._changes
-                    continue
-            while position < ready:
-                data = os.pread(self._descriptor, min(_HASH_BYTES, ready - position), position)
-                digest.update(data)
-                if self._md5:  # known since the first answer
-                    md5.update(data)
-                position += len(data)
-        self._digest, self._md5_digest = digest.hexdigest(), md5.hexdigest()
-
-    def finish(self) -> Downloaded:
-        """Check size and checksum, give the file its name, and return what it is."""
-        if self._result:
-            return self._result
-        size = os.fstat(self._descriptor).st_size
-        if self._size is None or size != self._size or self.missing():
-            raise self._differs(f"{size} bytes on disk, {self._size} expected")
-        if self._digest is None:
-            sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-            for position in range(0, size, CHUNK):
-                data = os.pread(self._descriptor, CHUNK, position)
-                sha256.update(data)
-                md5.update(data)
-            self._digest, self._md5_digest = sha256.hexdigest(), md5.hexdigest()
-        if self._md5 and self._md5_digest != self._md5:
-            expected = self._md5
-            self.forget()
-            raise self._differs(f"the MD5 {self._md5_digest}, but the store says {expected}")
-        os.close(self._descriptor)
-        self._opened = None
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(self._part_file, self._final)  # a rename, unless resume_dir is on another file system
-        self._state_file.unlink(missing_ok=True)
-        self._result = Downloaded(self.path, size, self._digest, self._etag)
-        return self._result
-
-    def save(self, force: bool = True) -> None:
-        """Record what is on disk, at most once a second unless forced."""
-        with self._changed:
-            if self._result or self._opened is None:
-                return
-            if not force and time.monotonic() - self._saved < _STATE_SECONDS:
-                return
-            self._saved = time.monotonic()
-            state = {"path": self.path, "bytes": self._size, "etag": self._etag, "md5": self._md5}
-            spans = [[start, at] for start, at in zip(self._starts, self._at, strict=True) if at > start]
-            if self._durable:
-                os.fdatasync(self._opened)  # the record must not be ahead of the data after a power cut
-            temporary = self._state_file.with_suffix(".new")
-            temporary.write_text(json.dumps({**state, "spans": spans}))
-            temporary.replace(self._state_file)
-
-    def forget(self) -> None:
-        """Drop what came, as it is not what the store holds now."""
-        with self._changed:
-            self._progress.add(
-                -sum(at - start for start, at in zip(self._starts, self._at, strict=True)), False
-            )
-            self._at = list(self._starts)
-            self._etag, self._md5 = "", None
-            self._changes += 1
-            self._state_file.unlink(missing_ok=True)
-            self._changed.notify_all()
-
-    @property
-    def _descriptor(self) -> int:
-        with self._changed:
-            if self._opened is None:
-                self._opened = os.open(self._part_file, os.O_RDWR | os.O_CREAT, 0o644)
-            return self._opened
-
-    def _restore(self) -> None:
-        try:
-            state = json.loads(self._state_file.read_text())
-            have = self._part_file.stat().st_size
-        except (OSError, ValueError):
-            return
-        if state.get("path") != self.path or state.get("bytes") != self._size or not state.get("etag"):
-            return  # another version's remains, or a store that gives nothing to recognise the content by
-        done = dict(map(tuple, state["spans"]))
-        ends = [end for end in self._ends if end is not None]
-        if len(ends) != len(self._starts):
-            return
-        self._at = [
-            min(done.get(start, start), end, max(start, have))
-            for start, end in zip(self._starts, ends, strict=True)
-        ]
-        self._etag, self._md5 = state["etag"], state["md5"]
-        kept = sum(at - start for start, at in zip(self._starts, self._at, strict=True))
-        self._progress.add(kept, fetched=False)
-        log.info("%s: %s are already here", self.path, _size(kept))
-
-    def _accept(self, etag: str, total: int | None, md5: str | None, part: int) -> None:
-        """Check that an answer is about the file that the earlier answers were about."""
-        if total is not None and self._size is not None and total != self._size:
-            raise self._differs(f"{total} bytes in the store now, but {self._size} in its listing")
-        with self._changed:
-            known = self._etag
-            if not known:
-                self._etag, self._md5 = etag, md5
-        if known and etag and etag != known:
-            if len(self._starts) == 1 or self._at == self._starts:
-                self.forget()
-                raise TransferError(f"{self.path}: changed in the store")
-            self.forget()
-            raise self._differs("another content in the store than when its download began")
-
-    def _write(self, part: int, chunk: bytes) -> None:
-        position = self._at[part]
-        view = memoryview(chunk)
-        while view:
-            try:
-                written = os.pwrite(self._descriptor, view, position)
-            except OSError as error:
-                raise StepError(
-                    f"Cannot write {self._part_file}: {error.strerror}.",
-                    "Give the job a larger volume (VolumeSizeInGB).",
-                ) from error
-            view, position = view[written:], position + written
-        with self._changed:
-            self._at[part] = position
-            self._changed.notify_all()
-        self._progress.add(len(chunk))
-
-    def _prefix(self) -> int:
-        for part, end in enumerate(self._ends):
-            if self._at[part] != end:
-                return self._at[part]
-        return self._size or 0
-
-    def _complete(self, part: int) -> bool:
-        return self._ends[part] is not None and self._at[part] == self._ends[part]
-
-    def _differs(self, what: str) -> StepError:
-        return StepError(f"{self.path} has {what}.", "Register the model again, then start the step again.")
-
-
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + _SPACE_RESERVE > free:
         raise StepError(
-            f"The model needs {_size(needed)}, but {folder} has {_size(free)} free.",
+            f"The model needs {size_text(needed)}, but {folder} has {size_text(free)} free.",
             "Give the step a larger volume (VolumeSizeInGB).",
         )
-
-
-def _size(count: float) -> str:
-    """Bytes for a person, in powers of 1000 as storage and networks count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

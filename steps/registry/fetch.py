@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from steps.registry.access import connect, explained, resolve
+from steps.registry.access import connect, resolve
 from steps.registry.download import download
+from steps.registry.errors import explained
 from steps.registry.paths import check_paths
 from steps.registry.uris import parse_model_uri
 

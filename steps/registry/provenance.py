@@ -14,7 +14,7 @@ import yaml
 from container.serving.checkpoint import ModelConfig, NotMlaModel, find_checkpoint
 from steps.job import StepError, redact
 from steps.registry.access import Registry, ResolvedModel
-from steps.registry.download import Downloaded
+from steps.registry.partial import Downloaded
 from steps.registry.requirements import Row
 
 SCHEMA_VERSION = 1

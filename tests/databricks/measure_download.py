@@ -39,11 +39,11 @@ CASES = [
 ]
 HEAD = """# Download of a large model, measured
 
-By `python -m tests.databricks.measure_download`: {gigabytes:.1f} GB from the stand-in workspace over loopback
-into memory, {cores} cores ({machine}, Python {python}), median of {repeat} runs, modes in turn. Client and server
-share the cores, and the load average was {load:.1f}: where it is far above the number of cores, other work decides
-the rates, and only CPU seconds and memory mean something. SHA-256 on one core: {sha:.0f} MB/s; a single file is
-never verified faster than that, several files are hashed side by side.
+By `python -m tests.databricks.measure_download`: {gigabytes:.1f} GB from the stand-in workspace over
+loopback into memory, {cores} cores ({machine}, Python {python}), median of {repeat} runs, modes in turn.
+Client and server share the cores, and the load average was {load:.1f}: where it is far above the number of
+cores, other work decides the rates, and only CPU seconds and memory mean something. SHA-256 on one core:
+{sha:.0f} MB/s; a single file is never verified faster than that, several files are hashed side by side.
 
 """
 

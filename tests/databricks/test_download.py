@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from steps.job import StepError
 from steps.registry import download as downloader
-from steps.registry.download import Progress, download
+from steps.registry.download import download
+from steps.registry.partial import Downloaded, Progress
 from steps.registry.paths import check_paths
 from steps.registry.remote import Body, RemoteFile, Store, TransferError
 
@@ -64,7 +65,7 @@ def data(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def fetch(store: Store, destination: Path, **options) -> list[downloader.Downloaded]:
+def fetch(store: Store, destination: Path, **options) -> list[Downloaded]:
     destination.mkdir(exist_ok=True)
     return download(store, store.list(), destination, part_bytes=PART, backoff=0.0, **options)
 
