@@ -1,4 +1,4 @@
-"""One sandbox, one MLflow server, one trained model and one release for all end-to-end tests of a process."""
+"""One sandbox, one MLflow server, one trained model and one release for all end-to-end tests. One worker runs them, in order."""
 
 from __future__ import annotations
 
