@@ -1,4 +1,4 @@
-"""One sandbox, one MLflow server, one trained model and one release for all end-to-end tests. One worker runs them, in order."""
+"""One sandbox, one MLflow server, one trained model and one release; one worker runs the tests that share them."""
 
 from __future__ import annotations
 
