@@ -1,4 +1,4 @@
-"""One sandbox, one MLflow server, one trained model and one release; one worker runs the tests that share them."""
+"""One sandbox, one MLflow server, one model and one release; one worker runs the tests that share them."""
 
 from __future__ import annotations
 
