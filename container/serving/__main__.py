@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 # Before torch loads OpenMP: its threads otherwise spin at every barrier for milliseconds, which on shared
 # cores made a decode step of a small model 40 times slower.
@@ -12,17 +14,24 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import uvicorn
 
 from container.serving.engine import Engine, Options
+from container.serving.kernel_download import download_kernel
 from container.serving.server import create_app
 from container.serving.settings import ServerSettings, SettingsError
 
 DRAIN_SECONDS = 25  # SageMaker kills 30 s after SIGTERM
+# Longer than a client's pool keeps a connection: a server that closes first may close on a request just sent.
+KEEP_ALIVE_SECONDS = 75
 
 
 def load(settings: ServerSettings) -> Engine:
-    """The engine that the settings describe."""
+    """The engine that the settings describe; downloads the kernel first when they say where from."""
+    kernel_dir = settings.kernel_dir
+    if settings.kernel_s3_uri:
+        kernel_dir = Path(tempfile.mkdtemp(prefix="mla-kernel-"))
+        download_kernel(settings.kernel_s3_uri, kernel_dir, settings.kernel_sha256)
     return Engine.load(
         settings.model_dir,
-        settings.kernel_dir,
+        kernel_dir,
         backend=settings.backend,
         kv_cache_dtype=settings.kv_cache_dtype,
         options=Options(
@@ -49,6 +58,7 @@ def main() -> int:
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         access_log=False,
         log_config=None,
     )

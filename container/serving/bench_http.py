@@ -198,7 +198,7 @@ def main() -> int:
             note("of it outside engine steps", f"{cost['overhead_p50']:.2f} ms")
             ours = asyncio.run(throughput(url, 16, min(10, options.seconds), options.tokens))
             note(f"16 clients, {options.tokens} tokens each, whole answers", f"{ours:.1f} requests/s")
-            asyncio.run(streams(url, options.clients, min(5, options.seconds), options.tokens))
+            asyncio.run(streams(url, options.clients, min(15, options.seconds), options.tokens))
             memory = resident_mb(process.pid)
             load = asyncio.run(streams(url, options.clients, options.seconds, options.tokens))
             note(f"{options.clients} streams for {options.seconds:.0f} s: requests", str(load["requests"]))

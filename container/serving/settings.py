@@ -1,10 +1,12 @@
 """The server's settings, all from environment variables, since that is what SageMaker gives a container."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1 << 20
+KERNEL_S3_URI = "MLA_KERNEL_S3_URI"
 
 
 class SettingsError(ValueError):
@@ -17,6 +19,8 @@ class ServerSettings:
 
     model_dir: Path
     kernel_dir: Path | None
+    kernel_s3_uri: str | None = None  # where to download the kernel from; only without a folder
+    kernel_sha256: str = ""
     backend: str = "auto"
     kv_cache_dtype: str = "bfloat16"
     port: int = 8080
@@ -39,6 +43,9 @@ class ServerSettings:
         kernels = Path(named) if named else root / "additional-model-data-sources" / "kernel"
         if named and not kernels.is_dir():
             raise SettingsError(f"MLA_KERNEL_DIR is {named}, which is not a folder")
+        uri = env.get(KERNEL_S3_URI)
+        if uri and not re.fullmatch(r"s3://[^/]+/.+", uri):
+            raise SettingsError(f"{KERNEL_S3_URI} is {uri!r}, expected s3://bucket/prefix")
 
         def number(name: str, default: int | None) -> int | None:
             text = env.get(name)
@@ -51,6 +58,8 @@ class ServerSettings:
         return cls(
             model_dir=root / "model",
             kernel_dir=kernels if kernels.is_dir() else None,
+            kernel_s3_uri=uri if uri and not kernels.is_dir() else None,
+            kernel_sha256=env.get("MLA_KERNEL_SHA256") or "",
             backend=env.get("MLA_KERNEL_BACKEND") or "auto",
             kv_cache_dtype=env.get("MLA_KV_CACHE_DTYPE") or "bfloat16",
             port=number("SAGEMAKER_BIND_TO_PORT", 8080) or 8080,
