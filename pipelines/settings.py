@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from pipelines import parameters
+from pipelines import parameters, schedule
 from pipelines.errors import UserError, choose
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
@@ -37,6 +37,7 @@ Name = Annotated[str, StringConstraints(pattern=NAME, max_length=48)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 RoleArn = Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")]
 Seconds = Annotated[int, Field(ge=0)]
+Schedule = Annotated[str, AfterValidator(schedule.check)]
 
 
 class _Strict(BaseModel):
@@ -110,6 +111,19 @@ class Cache(_Strict):
     expire_after: Annotated[str, StringConstraints(pattern=r"^P(\d+[YMWD])*(T(\d+[HMS])+)?$")]
 
 
+class Triggers(_Strict):
+    """What starts a release without a person; times are UTC.
+
+    schedule: a release, whether or not anything is new; `upsert` sets the rule.
+    poll: a look at the alias in ModelUri, and a release of a version that it newly points to.
+    webhook: the same, told by MLflow instead of asked; `bootstrap` deploys both.
+    """
+
+    schedule: Schedule | None = None
+    poll: Schedule | None = None
+    webhook: bool = False
+
+
 class Defaults(_Strict):
     """Defaults of the pipeline parameters (pipelines/parameters.py)."""
 
@@ -135,6 +149,7 @@ class Settings(_Strict):
     endpoint: Endpoint
     deployment: Deployment
     cache: Cache
+    triggers: Triggers
     parameters: Defaults
 
     def role_of(self, name: str) -> str:

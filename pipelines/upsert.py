@@ -1,7 +1,7 @@
 """Bring an account to what the configuration says, in two stages: `plan` only reads, `execute` changes.
 
-Resources: the model package group, both pipelines, and the EventBridge rule that starts production when a
-version of the group is approved. The bucket and the roles are infrastructure and must be there.
+Resources: the model package group, both pipelines, the EventBridge rule that starts production when a
+version of the group is approved, and the one that starts releases on a schedule, if there is one. The bucket and the roles are infrastructure and must be there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.settings import Settings
 
 TARGET = "production-pipeline"
+SCHEDULED = "release-pipeline"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Change:
 
     kind: str
     name: str
-    action: Literal["create", "update", "keep"]
+    action: Literal["create", "update", "keep", "delete"]
     apply: Callable[[], None] = field(repr=False, compare=False)
     before: str = field(default="", repr=False)
     after: str = field(default="", repr=False)
@@ -46,7 +47,7 @@ def plan(aws: Aws, settings: Settings, pipelines: Mapping[str, Any]) -> list[Cha
     _require_bucket(aws, settings)
     group = _plan_group(aws, settings.names.model_package_group)
     changes = [_plan_pipeline(aws, settings, one) for one in pipelines.values()]
-    return [group, *changes, _plan_rule(aws, settings)]
+    return [group, *changes, _plan_rule(aws, settings), *_plan_schedule(aws, settings)]
 
 
 def execute(changes: list[Change]) -> None:
@@ -131,9 +132,7 @@ def _plan_rule(aws: Aws, settings: Settings) -> Change:
         pattern = json.dumps(event_pattern(settings))
         words = "An approved model package starts the production pipeline"
         aws.events.put_rule(Name=name, EventPattern=pattern, State="ENABLED", Description=words)
-        answer = aws.events.put_targets(Rule=name, Targets=[{**target, "Arn": arn}])
-        if answer.get("FailedEntryCount"):
-            raise UserError(f"target refused: {answer['FailedEntries'][0]['ErrorMessage']}", f"rule {name}")
+        _put_target(aws, name, {**target, "Arn": arn})
 
     if not rule:
         return Change("rule", name, "create", apply)
@@ -141,3 +140,41 @@ def _plan_rule(aws: Aws, settings: Settings) -> Change:
     set_up = [{key: one.get(key) for key in target} for one in targets if one["Id"] == TARGET]
     same = json.loads(rule["EventPattern"]) == event_pattern(settings) and rule.get("State") == "ENABLED"
     return Change("rule", name, "keep" if same and set_up == [target] else "update", apply)
+
+
+def schedule_rule(settings: Settings) -> str:
+    """Name of the rule of `triggers.schedule`; the stack's events role may be used by it."""
+    return f"{settings.names.release_pipeline}-schedule"
+
+
+def _plan_schedule(aws: Aws, settings: Settings) -> list[Change]:
+    """The scheduled rule; nothing when there is none and shall be none."""
+    name, wanted = schedule_rule(settings), settings.triggers.schedule
+    rule = _found(aws.events.describe_rule, Name=name)
+    target = {"Id": SCHEDULED, "RoleArn": settings.role_of("events")}
+
+    def apply() -> None:
+        arn = aws.sagemaker.describe_pipeline(PipelineName=settings.names.release_pipeline)["PipelineArn"]
+        words = "Starts a release; triggers.schedule of the configuration"
+        aws.events.put_rule(Name=name, ScheduleExpression=wanted, State="ENABLED", Description=words)
+        _put_target(aws, name, {**target, "Arn": arn})
+
+    def remove() -> None:
+        aws.events.remove_targets(Rule=name, Ids=[SCHEDULED])
+        aws.events.delete_rule(Name=name)
+
+    if not wanted:
+        return [Change("schedule", name, "delete", remove)] if rule else []
+    what = f"{name}, {wanted}"
+    if not rule:
+        return [Change("schedule", what, "create", apply)]
+    targets = aws.events.list_targets_by_rule(Rule=name)["Targets"]
+    set_up = [{key: one.get(key) for key in target} for one in targets if one["Id"] == SCHEDULED]
+    same = (rule.get("ScheduleExpression"), rule.get("State")) == (wanted, "ENABLED") and set_up == [target]
+    return [Change("schedule", what, "keep" if same else "update", apply)]
+
+
+def _put_target(aws: Aws, rule: str, target: dict[str, Any]) -> None:
+    answer = aws.events.put_targets(Rule=rule, Targets=[target])
+    if answer.get("FailedEntryCount"):
+        raise UserError(f"target refused: {answer['FailedEntries'][0]['ErrorMessage']}", f"rule {rule}")
