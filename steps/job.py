@@ -39,6 +39,7 @@ log = logging.getLogger("steps")
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 _NOT_SECRET_NAME = re.compile(r"_ARN$|_URI$|_FILE$|TOKENIZERS_PARALLELISM", re.IGNORECASE)
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+_SIGNATURES = re.compile(r"""\b(X-Amz-Signature|X-Amz-Security-Token|sig)=[^&\s"'<>]+""", re.IGNORECASE)
 
 
 class StepError(Exception):
@@ -168,11 +169,15 @@ def run(
 
 
 def redact(text: str) -> str:
-    """`text` without the values of secret-looking environment variables and without credentials in URLs."""
+    """`text` without secrets.
+
+    These are the values of secret-looking environment variables, credentials in URLs, and what signs a URL of
+    S3 (X-Amz-Signature, X-Amz-Security-Token) or of Azure (sig): whoever has it reads the file.
+    """
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name) and not _NOT_SECRET_NAME.search(name):
             text = text.replace(value, "***")
-    return _URL_CREDENTIALS.sub("***@", text)
+    return _SIGNATURES.sub(r"\1=***", _URL_CREDENTIALS.sub("***@", text))
 
 
 class _Stopped(BaseException):

@@ -180,3 +180,16 @@ def test_a_secret_never_survives_redaction(before, secret, after):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MLA_TEST_TOKEN", secret)
         assert secret not in redact(before + secret + after)
+
+
+@pytest.mark.parametrize("key", ["X-Amz-Signature", "X-Amz-Security-Token", "x-amz-signature", "sig"])
+@pytest.mark.parametrize("mark", ["?", "&", "%20"])
+def test_a_signed_url_cannot_be_used_by_who_reads_the_log(key, mark):
+    url = f"https://store.example/model{mark}a=1&{key}=Ab%2Bcd%3D%3D&X-Amz-Expires=900"
+    assert redact(f'GET "{url}" failed') == f'GET "{url}" failed'.replace("Ab%2Bcd%3D%3D", "***")
+    assert redact(f"{url[: url.index('&X-Amz-E')]} failed").endswith(f"{key}=*** failed")
+
+
+def test_words_that_only_look_like_a_signature_stay():
+    text = "design=4 config=2 the sig = 3 of X-Amz-Signature"
+    assert redact(text) == text
