@@ -1,7 +1,7 @@
 """Deploy the CloudFormation stacks in order, each as a change set that can be read before it is executed.
 
-network (only with a VPC) -> core -> watching; outputs of one are parameters of the next. Running it again
-changes nothing that is as the templates say. `configuration` turns the outputs into what config/<env>.yaml
+network (only with a VPC) -> core -> watching -> triggers (only when configured); outputs of one are parameters
+of the next. Running it again changes nothing that is as the templates say. `configuration` turns the outputs into what config/<env>.yaml
 holds.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from pipelines import triggers
 from pipelines.aws import Aws
 from pipelines.errors import UserError, choose
 from pipelines.settings import CONFIG, ROLES, Settings
@@ -29,16 +30,21 @@ BROKEN = {
 }
 PERMISSIONS = "CAPABILITY_IAM"
 NETWORK_PARAMETERS = ("VpcId", "SubnetIds", "RouteTableIds")
+FOR_ALL = ("KmsKeyArn", "PermissionsBoundaryArn", "DatabricksSecretKeyArn")  # given once, to the core
 Show = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack to be: its name, template and the parameters that are given; others keep value or default."""
+    """A stack to be: its name, template and the parameters that are given; others keep value or default.
+
+    wanted: whether to make it; one that is there is brought up to date in any case.
+    """
 
     name: str
     template: Path
     parameters: Mapping[str, str]
+    wanted: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,10 @@ def deploy(
     """
     _refuse_unknown(given, folder)
     outputs: dict[str, str] = {}
-    for make in (_network, _core, _watching):
+    for make in (_network, _core, _watching, _triggers):
         stack = make(settings, given, outputs, folder)
-        if make is _network and not stack.parameters and not _find(aws, stack.name):
-            continue  # neither asked for nor there
+        if not stack.wanted and not _find(aws, stack.name):
+            continue
         change = prepare(aws, stack)
         if not change.changes:
             show(f"keep   stack {stack.name}")
@@ -90,8 +96,11 @@ def deploy(
                     show(f"       {line}")
         there = _find(aws, stack.name)
         outputs |= _pairs(there, "Output")
-        if brought := _pairs(there, "Parameter").get("KmsKeyArn") if make is _core else "":
-            given = {**given, "KmsKeyArn": brought}
+        if make is _core:
+            given = {
+                **given,
+                **{key: one for key, one in _pairs(there, "Parameter").items() if key in FOR_ALL and one},
+            }
     return outputs
 
 
@@ -208,7 +217,8 @@ def _network(settings: Settings, given: Mapping[str, str], outputs: Mapping[str,
     missing = [name for name in NETWORK_PARAMETERS if name not in given]
     if missing and "SubnetIds" in given:
         raise UserError(f"no value for {', '.join(missing)}", str(template), f"add -p {missing[0]}=…")
-    return Stack(f"{prefix(settings)}-network", template, {} if missing else _own(template, given))
+    parameters = {} if missing else _own(template, given)
+    return Stack(f"{prefix(settings)}-network", template, parameters, wanted=not missing)
 
 
 def _core(settings: Settings, given: Mapping[str, str], outputs: Mapping[str, str], folder: Path) -> Stack:
@@ -230,6 +240,28 @@ def _watching(
         derived["KmsKeyArn"] = outputs["KmsKeyArn"]
     own = {key: one for key, one in given.items() if key != "KmsKeyArn"}
     return Stack(f"{prefix(settings)}-watching", template, _own(template, {**derived, **own}))
+
+
+def _triggers(
+    settings: Settings, given: Mapping[str, str], outputs: Mapping[str, str], folder: Path
+) -> Stack:
+    """Both triggers off in a stack that is there: it stays, without rule, address and secrets."""
+    template, name = folder / "infrastructure" / "triggers.yaml", f"{prefix(settings)}-triggers"
+    poll, webhook = settings.triggers.poll or "", settings.triggers.webhook
+    derived = {
+        "NamePrefix": prefix(settings),
+        "PollSchedule": poll,
+        "WebhookEnabled": str(webhook).lower(),
+        "NotificationTopicArn": outputs.get("NotificationTopicArn", ""),
+    }
+    if poll or webhook:
+        derived["ModelName"], derived["ModelAlias"] = triggers.alias_of(settings)
+    if poll:
+        derived["RegistryHost"] = triggers.host_of(settings)
+        unity = settings.mlflow.registry_uri.startswith("databricks-uc")
+        derived["RegistryKind"] = "unity-catalog" if unity else "mlflow"
+        derived["DatabricksSecretArn"] = settings.mlflow.secret_arn or ""
+    return Stack(name, template, _own(template, {**derived, **given}), wanted=bool(poll or webhook))
 
 
 def declared(template: Path) -> set[str]:

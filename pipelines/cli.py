@@ -134,14 +134,34 @@ def render(
 
 @app.command()
 def start(
-    pipeline: Which = RELEASE, env: Env = "local", parameter: Values = None, wait: Wait = False
+    pipeline: Which = RELEASE,
+    env: Env = "local",
+    parameter: Values = None,
+    wait: Wait = False,
+    if_new: Annotated[
+        bool,
+        typer.Option("--if-new", help="Only if ModelUri's alias names a version never tried; for CI, cron."),
+    ] = False,
 ) -> None:
     """Start a pipeline; parameters that are not given take the defaults of its definition."""
     with errors():
-        from pipelines import service
+        from pipelines import service, triggers
 
         settings, aws = connect(env)
-        arn = service.start(aws, pipeline_name(settings, pipeline), pairs(parameter))
+        name, values = pipeline_name(settings, pipeline), pairs(parameter)
+        if if_new:
+            if pipeline != RELEASE or "ModelUri" in values:
+                raise UserError(
+                    "it looks at the configured ModelUri of a release", "--if-new", "leave it out"
+                )
+            version = triggers.current(settings)
+            if before := triggers.tried(aws, settings, version):
+                typer.echo(f"nothing to do: {version.uri} is not new, {before}")
+                return
+            values["ModelUri"] = version.uri
+            arn = service.start(aws, name, values, version.display_name, version.token(name))
+        else:
+            arn = service.start(aws, name, values)
         typer.echo(arn)
         if wait:
             follow(aws, arn)

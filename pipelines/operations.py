@@ -27,6 +27,8 @@ def bootstrap(env: Env, parameter: Values = None, dry_run: DryRun = False) -> No
         if not dry_run:
             typer.echo(f"\n# put into config/{env}.yaml; the tags are printed last by the image build")
             typer.echo(yaml.safe_dump(stacks.configuration(outputs), sort_keys=False).rstrip())
+            if address := outputs.get("WebhookAddress"):
+                typer.echo(f"\n# MLflow's webhook: {address}, its secret: {outputs['WebhookSecretName']}")
 
 
 def plan(env: Env = "local") -> None:

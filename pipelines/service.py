@@ -82,9 +82,12 @@ class Package:
     metadata: Mapping[str, str]
 
 
-def start(aws: Aws, pipeline: str, values: Mapping[str, str], name: str | None = None) -> str:
+def start(
+    aws: Aws, pipeline: str, values: Mapping[str, str], name: str | None = None, token: str | None = None
+) -> str:
     """Start a pipeline; gives the execution's ARN.
 
+    name: shown for the execution. token: two starts with the same one are one execution.
     values: parameter name to text. Names, types and enums are checked against the stored definition first.
     """
     parameters = stored_parameters(aws, pipeline)
@@ -102,6 +105,8 @@ def start(aws: Aws, pipeline: str, values: Mapping[str, str], name: str | None =
         request["PipelineParameters"] = [{"Name": key, "Value": str(value)} for key, value in values.items()]
     if name:
         request["PipelineExecutionDisplayName"] = name
+    if token:
+        request["ClientRequestToken"] = token
     return aws.sagemaker.start_pipeline_execution(**request)["PipelineExecutionArn"]
 
 

@@ -96,6 +96,19 @@ class Events:
                         for target in rule.targets:
                             self._send(rule.name, target, event)
 
+    def tick(self, rule: str) -> None:
+        """Let a scheduled rule of the default bus fire now: the sandbox keeps no clock, no rule fires by itself.
+
+        Raises:
+            LookupError: no enabled rule of this name has a schedule.
+        """
+        for one in self._backends.event_rules():
+            if one.name == rule and one.scheduled_expression:
+                for target in one.targets:
+                    self._send(rule, target, self._event("aws.events", "Scheduled Event", {}, [one.arn]))
+                return
+        raise LookupError(f"no enabled rule '{rule}' with a schedule")
+
     def _send(self, rule: str, target: dict[str, Any], event: dict[str, Any]) -> None:
         """One event to one target; on AWS a failure is seen in metrics only, here it is logged as well."""
         arn = target["Arn"]
@@ -141,7 +154,7 @@ def _message(target: dict[str, Any], event: dict[str, Any]) -> str:
         return json.dumps(event)
     transformer = target["InputTransformer"]
     paths = transformer.get("InputPathsMap", {})
-    values = {name: lookup(event, parse_path(path), path) for name, path in paths.items()}
+    values = {name: _or_empty(event, path) for name, path in paths.items()}
     parts = transformer["InputTemplate"].split('"')
     for i, part in enumerate(
         parts
@@ -153,6 +166,14 @@ def _message(target: dict[str, Any], event: dict[str, Any]) -> str:
         parts[i] = part
     text = '"'.join(parts)
     return str(json.loads(text)) if text.startswith('"') else text
+
+
+def _or_empty(event: dict[str, Any], path: str) -> Any:
+    """What the path leads to; a transformer takes one that leads nowhere as an empty text."""
+    try:
+        return lookup(event, parse_path(path), path)
+    except ExpressionError:
+        return ""
 
 
 def iso_time(seconds: float) -> str:
