@@ -1,8 +1,8 @@
 """Deploy the CloudFormation stacks in order, each as a change set that can be read before it is executed.
 
-network (only with a VPC) -> core -> watching -> triggers (only when configured); outputs of one are parameters
-of the next. Running it again changes nothing that is as the templates say. `configuration` turns the outputs into what config/<env>.yaml
-holds.
+network (only with a VPC) -> core -> watching -> triggers (only when configured); outputs of one are
+parameters of the next. Running it again changes nothing that is as the templates say. `configuration` turns
+the outputs into what config/<env>.yaml holds.
 """
 
 from __future__ import annotations

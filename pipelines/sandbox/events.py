@@ -97,7 +97,7 @@ class Events:
                             self._send(rule.name, target, event)
 
     def tick(self, rule: str) -> None:
-        """Let a scheduled rule of the default bus fire now: the sandbox keeps no clock, no rule fires by itself.
+        """Let a scheduled rule of the default bus fire now; none fires by itself here.
 
         Raises:
             LookupError: no enabled rule of this name has a schedule.
