@@ -1,7 +1,8 @@
 """Bring an account to what the configuration says, in two stages: `plan` only reads, `execute` changes.
 
-Resources: the model package group, both pipelines, the EventBridge rule that starts production when a
-version of the group is approved, and the one that starts releases on a schedule, if there is one. The bucket and the roles are infrastructure and must be there.
+Resources: the model package group, both pipelines, the EventBridge rule that starts production when a version
+of the group is approved, and the one that starts releases on a schedule, if there is one. The bucket and the
+roles are infrastructure and must be there.
 """
 
 from __future__ import annotations
