@@ -31,6 +31,7 @@ EXECUTION = {
     "StartDateTime",
     "CurrentDateTime",
 }
+KERNEL_WAYS = ("AdditionalModelDataSources", "MLA_KERNEL_S3_URI")
 STEP_NAME = re.compile(r"[A-Za-z0-9\-_]{1,64}")
 MESSAGE_LIMIT = 1024
 NUMBER_LENGTH = 24  # the longest text of a float64
@@ -228,6 +229,36 @@ def _longest(value: Any) -> int:
         parts = value["Std:Join"]["Values"]
         return sum(map(_longest, parts)) + len(value["Std:Join"]["On"]) * max(0, len(parts) - 1)
     return NUMBER_LENGTH if isinstance(value, dict) else len(str(value))
+
+
+@check
+def kernels(definition: Definition) -> Iterator[Problem]:
+    """Each container gets its kernel in exactly one way, the registered one as staging does."""
+    ways: dict[str, str] = {}
+    for name, step in definition.steps.items():
+        for container in _containers(step["Arguments"]):
+            mounted = any(one.get("ChannelName") == "kernel" for one in _mounts(container))
+            named = "MLA_KERNEL_S3_URI" in container.get("Environment", {})
+            if mounted == named:
+                both = "in both" if mounted else "in none"
+                yield Problem(
+                    f"step {name}", f"the container has its kernel {both} of {' and '.join(KERNEL_WAYS)}"
+                )
+            else:
+                ways[name] = KERNEL_WAYS[named]
+    if len(set(ways.values())) > 1:
+        each = ", ".join(f"{name} {way}" for name, way in ways.items())
+        yield Problem("definition", f"the kernel reaches containers in different ways: {each}")
+
+
+def _containers(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    specification = arguments.get("InferenceSpecification", arguments)
+    primary = [arguments["PrimaryContainer"]] if "PrimaryContainer" in arguments else []
+    return [*primary, *specification.get("Containers", [])]
+
+
+def _mounts(container: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return container.get("AdditionalModelDataSources", [])
 
 
 @check

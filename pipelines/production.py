@@ -63,7 +63,7 @@ def deployment_parts(settings: Settings) -> list[str]:
     """The values of --deployment: JSON objects, in parts because one argument holds 256 characters."""
     parts = [
         settings.deployment.model_dump(exclude_none=True),
-        settings.endpoint.model_dump(exclude_none=True),
+        settings.endpoint.model_dump(exclude_none=True, exclude={"kernel_delivery"}),
     ]
     if settings.network:
         parts.append({"network": settings.network.model_dump(include={"subnets", "security_group_ids"})})

@@ -256,18 +256,24 @@ def _bound(build: Builder, bound: str | int) -> Any:
 def _container(
     build: Builder, pull: ProcessingStep, kernel: ProcessingStep, evaluation: ProcessingStep
 ) -> dict[str, Any]:
-    """Image, weights under /opt/ml/model, kernel under /opt/ml/additional-model-data-sources/kernel."""
-    return {
+    """Image, weights under /opt/ml/model, and the kernel: mounted beside them, or the address of it."""
+    container: dict[str, Any] = {
         "Image": build.settings.images.serve,
         "ModelDataSource": {"S3DataSource": _folder(output_uri(pull, "model"))},
-        "AdditionalModelDataSources": [
-            {"ChannelName": "kernel", "S3DataSource": _folder(output_uri(kernel, "kernel"))}
-        ],
         "Environment": {
             "MLA_KERNEL_BACKEND": json_get(evaluation, "Evaluation", "backend").to_string(),
             "MLA_KV_CACHE_DTYPE": build.p.KvCacheDtype,
         },
     }
+    folder = _folder(output_uri(kernel, "kernel"))
+    if build.settings.endpoint.kernel_delivery == "data_source":
+        container["AdditionalModelDataSources"] = [{"ChannelName": "kernel", "S3DataSource": folder}]
+    else:
+        container["Environment"] |= {
+            "MLA_KERNEL_S3_URI": folder["S3Uri"],
+            "MLA_KERNEL_SHA256": json_get(evaluation, "Evaluation", "kernel_sha256").to_string(),
+        }
+    return container
 
 
 def _folder(uri: Any) -> dict[str, Any]:

@@ -185,7 +185,7 @@ class Builder:
         mlflow: the job talks to MLflow; it gets the URIs and the ARN of the secret.
         """
         settings = self.settings
-        variables = {**(self._mlflow() if mlflow else {}), **(environment or {})}
+        variables = {**(settings.mlflow.variables() if mlflow else {}), **(environment or {})}
         network = settings.network and NetworkConfig(
             subnets=list(settings.network.subnets),
             security_group_ids=list(settings.network.security_group_ids),
@@ -286,16 +286,6 @@ class Builder:
         """Makes the session's next model request land in the returned object instead of at AWS."""
         self.session.context = _ModelStepArguments(SimpleNamespace(sagemaker_session=self.session))
         return self.session.context
-
-    def _mlflow(self) -> dict[str, str]:
-        mlflow = self.settings.mlflow
-        variables = {
-            "MLFLOW_TRACKING_URI": mlflow.tracking_uri,
-            "MLFLOW_REGISTRY_URI": mlflow.registry_uri,
-            "DATABRICKS_HOST": mlflow.host,
-            "MLA_DATABRICKS_SECRET_ARN": mlflow.secret_arn,
-        }
-        return {name: value for name, value in variables.items() if value}
 
     def _output(self, step: str, output: str) -> ProcessingOutput:
         uri = text(

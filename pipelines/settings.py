@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -68,6 +68,16 @@ class Mlflow(_Strict):
     secret_arn: str | None = None
     allow_pickled_weights: bool = False
 
+    def variables(self) -> dict[str, str]:
+        """Environment of a process that talks to MLflow: addresses and the secret's ARN, no secret."""
+        variables = {
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "MLFLOW_REGISTRY_URI": self.registry_uri,
+            "DATABRICKS_HOST": self.host,
+            "MLA_DATABRICKS_SECRET_ARN": self.secret_arn,
+        }
+        return {name: value for name, value in variables.items() if value}
+
 
 class Names(_Strict):
     """Names of the resources that outlive an execution."""
@@ -92,6 +102,7 @@ class Endpoint(_Strict):
     startup_timeout_seconds: Annotated[int, Field(ge=60, le=3600)]
     download_timeout_seconds: Annotated[int, Field(ge=60, le=3600)]
     inference_ami: str | None = None
+    kernel_delivery: Literal["data_source", "download"]  # mounted by SageMaker, or fetched by the server
 
 
 class Deployment(_Strict):

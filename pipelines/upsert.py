@@ -19,6 +19,8 @@ from pipelines.settings import Settings
 
 TARGET = "production-pipeline"
 SCHEDULED = "release-pipeline"
+# CreatePipeline's words in aws/sagemaker-python-sdk issue 4994; the same field of CreateModel is documented.
+NO_DATA_SOURCES = "Unknown Argument member 'AdditionalModelDataSources'"
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,23 @@ def _plan_pipeline(aws: Aws, settings: Settings, pipeline: Any) -> Change:
         "pipeline",
         pipeline.name,
         action,
-        lambda: pipeline.upsert(role_arn=settings.role),
+        lambda: _put(pipeline, settings),
         before,
         after,
     )
+
+
+def _put(pipeline: Any, settings: Settings) -> None:
+    from botocore.exceptions import ClientError
+
+    try:
+        pipeline.upsert(role_arn=settings.role)
+    except ClientError as error:
+        if NO_DATA_SOURCES not in str(error):
+            raise
+        where = f"pipeline {pipeline.name}"
+        fix = f"set endpoint.kernel_delivery: download in config/{settings.environment}.yaml and upsert again"
+        raise UserError(error.response["Error"]["Message"], where, fix) from error
 
 
 def _plan_rule(aws: Aws, settings: Settings) -> Change:

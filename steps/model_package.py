@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from container.serving.settings import KERNEL_S3_URI
 from steps import aws
 from steps.job import StepError
 
@@ -71,7 +72,7 @@ def describe(sagemaker: Any, arn: str) -> ModelPackage:
         image=container.get("Image", ""),
         environment=container.get("Environment", {}),
         weights_uri=_weights(arn, container),
-        kernel_uri=_kernel(arn, container),
+        kernel_uri=kernel_uri(arn, container),
         metadata=answer.get("CustomerMetadataProperties", {}),
     )
 
@@ -86,14 +87,20 @@ def _weights(arn: str, container: dict[str, Any]) -> str:
     return uri
 
 
-def _kernel(arn: str, container: dict[str, Any]) -> str:
+def kernel_uri(arn: str, container: dict[str, Any]) -> str:
+    """S3 prefix of a container's kernel: what SageMaker mounts, else what the server downloads.
+
+    The server decides in the same order (container/serving/settings.py). Raises StepError for neither.
+    """
     sources = container.get("AdditionalModelDataSources", [])
     for source in sources:
         if source["ChannelName"] == KERNEL_CHANNEL:
             return source["S3DataSource"]["S3Uri"]
+    if uri := container.get("Environment", {}).get(KERNEL_S3_URI):
+        return uri
     channels = ", ".join(source["ChannelName"] for source in sources) or "none"
     raise StepError(
         f"Model package {arn} has no kernel: its AdditionalModelDataSources hold {channels}, "
-        f"not '{KERNEL_CHANNEL}'.",
+        f"not '{KERNEL_CHANNEL}', and its Environment has no {KERNEL_S3_URI}.",
         "Approve a version that the release pipeline registered.",
     )

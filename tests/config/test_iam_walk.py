@@ -146,6 +146,18 @@ def test_the_calls_of_the_steps_are_allowed_and_nothing_else(stack: Stack) -> No
     assert report.unused == ()
 
 
+def test_an_endpoint_may_download_its_kernel(stack: Stack) -> None:
+    """endpoint.kernel_delivery: download: the server itself asks for what is mounted otherwise."""
+    folder = f"{RUN}/CompileKernel/kernel/"
+    asked = [
+        ("ListObjectsV2", {"Bucket": BUCKET, "Prefix": folder}),
+        ("HeadObject", {"Bucket": BUCKET, "Key": f"{folder}index.json"}),
+        ("GetObject", {"Bucket": BUCKET, "Key": f"{folder}cpu/libmla_decode.so"}),
+    ]
+    permissions = [call for operation, one in asked for call in calls("endpoint", "s3", operation, one)]
+    assert walk(permissions, stack).denied == ()
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -161,7 +173,7 @@ def test_the_calls_of_the_steps_are_allowed_and_nothing_else(stack: Stack) -> No
         Call(
             "PullModel", "s3", "PutObject", f"arn:aws:s3:::{BUCKET}/{RUN}/Evaluate/evaluation/evaluation.json"
         ),
-        Call("events", "sagemaker", "StartPipelineExecution", f"{ARN}pipeline/mla-release"),
+        Call("events", "sagemaker", "StartPipelineExecution", f"{ARN}pipeline/another"),
         Call("pipeline", "sagemaker", "UpdateModelPackage", PACKAGE),
     ],
     ids=lambda call: f"{call.step} {call.operation}",

@@ -103,9 +103,26 @@ def no_role(document: Document) -> None:
     del arguments(document, "PullModel")["RoleArn"]
 
 
+def no_kernel(document: Document) -> None:
+    del arguments(document, "CreateModel")["PrimaryContainer"]["AdditionalModelDataSources"]
+
+
+def two_kernels(document: Document) -> None:
+    container = arguments(document, "CreateModel")["PrimaryContainer"]
+    container["Environment"]["MLA_KERNEL_S3_URI"] = "s3://bucket/kernel/"
+
+
+def another_way(document: Document) -> None:
+    two_kernels(document)
+    no_kernel(document)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (no_kernel, "step CreateModel: the container has its kernel in none of"),
+        (two_kernels, "step CreateModel: the container has its kernel in both of"),
+        (another_way, "RegisterModel AdditionalModelDataSources, CreateModel MLA_KERNEL_S3_URI"),
         (rename, "two steps have this name"),
         (long_name, "1 to 64"),
         (cycle, "waits for itself"),

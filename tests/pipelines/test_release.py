@@ -95,6 +95,24 @@ def test_the_package_and_staging_hold_the_same_container(definitions: dict[str, 
         assert source["S3DataSource"]["S3Uri"]["Std:Join"]["Values"][-1] == "/"  # S3Prefix must end so
 
 
+def test_download_gives_the_kernels_address_instead_of_mounting_it(definitions: dict[str, str]) -> None:
+    from pipelines import production, release
+
+    settings = Settings.load("local", {"endpoint.kernel_delivery": "download"})
+    definition = release.get_pipeline(settings).definition()
+    assert lint.lint(definition) == []
+    found = steps(definition)
+    package = found["RegisterModel"]["Arguments"]["InferenceSpecification"]["Containers"][0]
+    assert package == found["CreateModel"]["Arguments"]["PrimaryContainer"]
+    mounted = steps(definitions["release"])["CreateModel"]["Arguments"]["PrimaryContainer"]
+    folder = mounted["AdditionalModelDataSources"][0]["S3DataSource"]["S3Uri"]
+    assert package["Environment"]["MLA_KERNEL_S3_URI"] == folder
+    assert '"Path": "kernel_sha256"' in json.dumps(package["Environment"]["MLA_KERNEL_SHA256"])
+    assert "AdditionalModelDataSources" not in definition
+    assert "MLA_KERNEL_S3_URI" not in definitions["release"]
+    assert production.get_pipeline(settings).definition() == definitions["production"]
+
+
 def test_the_service_names_jobs_and_models(definitions: dict[str, str]) -> None:
     text = json.dumps(definitions)
     for word in ("ProcessingJobName", '\\"ModelName\\": \\"', "SAGEMAKER_PROGRAM", "CertifyForMarketplace"):

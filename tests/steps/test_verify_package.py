@@ -42,7 +42,7 @@ def account(monkeypatch):
             yield s3, lambda **changes: stubber.add_response("describe_model_package", package(**changes))
 
 
-def package(metadata=None, channel="kernel", weights="s3://models/model/", **changes):
+def package(metadata=None, channel="kernel", kernel_uri=None, weights="s3://models/model/", **changes):
     def source(uri):
         return {"S3DataSource": {"S3Uri": uri, "S3DataType": "S3Prefix", "CompressionType": "None"}}
 
@@ -52,6 +52,9 @@ def package(metadata=None, channel="kernel", weights="s3://models/model/", **cha
         "ModelDataSource": source(weights),
         "AdditionalModelDataSources": [{"ChannelName": channel, **source("s3://models/kernel/")}],
     }
+    if kernel_uri:  # endpoint.kernel_delivery: download
+        del container["AdditionalModelDataSources"]
+        container["Environment"] |= {"MLA_KERNEL_S3_URI": kernel_uri}
     return {
         "ModelPackageName": "mla-models/3",
         "ModelPackageArn": ARN,
@@ -83,6 +86,17 @@ def test_an_approved_version_is_described_for_the_next_steps(account, tmp_path):
     assert document["customer_metadata"]["MlflowModelName"] == "mla-demo"
     assert document["weights"] == {"uri": "s3://models/model/", "objects": 2, "bytes": 8}
     assert document["kernel"] == {"uri": "s3://models/kernel/", "sha256": KERNEL_SHA, "targets": ["cpu"]}
+
+
+def test_a_kernel_that_the_server_downloads_is_verified_as_well(account, tmp_path):
+    s3, registry = account
+    registry(kernel_uri="s3://models/kernel/")
+    kernel = verify(tmp_path)["kernel"]
+    assert kernel == {"uri": "s3://models/kernel/", "sha256": KERNEL_SHA, "targets": ["cpu"]}
+    registry(kernel_uri="s3://models/kernel/")
+    s3.put_object(Bucket="models", Key="kernel/cpu/libmla_decode.so", Body=b"\x7fELF evil")
+    with pytest.raises(StepError, match=r"cpu/libmla_decode\.so .* has SHA-256"):
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,7 @@ def test_more_requests_than_places(tiny_folder: Path) -> None:
         ("SAGEMAKER_BIND_TO_PORT", "eighty", "SAGEMAKER_BIND_TO_PORT is 'eighty'"),
         ("MLA_MAX_BATCH", "0", "MLA_MAX_BATCH is '0'"),
         ("MLA_KERNEL_DIR", "/does/not/exist", "MLA_KERNEL_DIR is /does/not/exist"),
+        ("MLA_KERNEL_S3_URI", "https://bucket/kernel", "MLA_KERNEL_S3_URI is 'https://bucket/kernel'"),
     ],
 )
 def test_settings_name_the_variable(name: str, value: str, words: str) -> None:
