@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,9 @@ def main(job: Job) -> None:
 
     sizes = Sizes.of(config, args.kv_cache_dtype)
     outcome = hold_contest(args.backend, kernel_dir, sizes, workload, device)
-    model = measure_model(model_dir, kernel_dir, outcome, args.kv_cache_dtype, device)
+    model = measure_model(
+        model_dir, kernel_dir, outcome, args.kv_cache_dtype, device, provenance.get("input_example")
+    )
     production = Production(reason="The candidate could not be run.")
     if model:
         candidate = Candidate(model_dir, kernel_dir, index, outcome.backend, args.kv_cache_dtype, provenance)
@@ -97,12 +100,17 @@ def read_inputs(model_dir: Path, kernel_dir: Path) -> tuple[ModelConfig, KernelI
 
 
 def measure_model(
-    model_dir: Path, kernel_dir: Path, outcome: Outcome, kv_cache_dtype: str, device: torch.device
+    model_dir: Path,
+    kernel_dir: Path,
+    outcome: Outcome,
+    kv_cache_dtype: str,
+    device: torch.device,
+    input_example: Any,
 ) -> ModelLevel | None:
     """The model level with the chosen backend; None when an incorrect kernel keeps the model from running."""
     try:
         engine = load_engine(model_dir, kernel_dir, outcome.backend, kv_cache_dtype, device)
-        return model_level.measure(engine, model_dir)
+        return model_level.measure(engine, model_dir, input_example)
     except StepError as error:
         if outcome.correctness.passed:
             raise

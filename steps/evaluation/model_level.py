@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from container.serving.checkpoint import ModelConfig, find_checkpoint
 from container.serving.engine import Engine
+from steps.evaluation.example import prompt_of
 from steps.evaluation.machine import free_bytes
 from steps.evaluation.schema import OUT_OF_BOUNDS, Milliseconds, ModelLevel, Smoke
 from steps.job import StepError, log
@@ -86,12 +87,13 @@ class Agreement:
     total: int
 
 
-def measure(engine: Engine, model_dir: Path) -> ModelLevel:
+def measure(engine: Engine, model_dir: Path, input_example: Any = None) -> ModelLevel:
     """Compare and time the model.
 
     Args:
         engine: loaded with the backend and cache dtype under evaluation.
         model_dir: the MLflow model folder it was loaded from.
+        input_example: of provenance.json; where it holds a text, the endpoint's smoke test asks with that.
     Raises:
         StepError: transformers cannot load the checkpoint, or the engine fails on a prompt.
     """
@@ -128,7 +130,7 @@ def measure(engine: Engine, model_dir: Path) -> ModelLevel:
         tokens_total=served.total,
         tokens_per_s=1e3 * len(times) / sum(times),
         decode_step_ms=Milliseconds(p50=p50, p90=p90, p99=p99),
-        smoke=smoke(engine),
+        smoke=smoke(engine, input_example),
     )
 
 
@@ -249,13 +251,26 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if np.isfinite(error) else OUT_OF_BOUNDS
 
 
-def smoke(engine: Engine) -> Smoke:
-    """Prompt and greedy answer for the endpoint's smoke test, generated as the server generates."""
-    text = PROMPTS[0]
-    prompt: str | list[int] = text if engine.tokenizer.available else encode(engine, text)
-    [answer] = engine.generate(cast("list[str]", [prompt]), max_tokens=SMOKE_TOKENS)
-    if answer.finish_reason == "error":
-        raise StepError(
-            "The engine could not continue the smoke prompt.", "Read the engine's errors in the log."
-        )
+def smoke(engine: Engine, input_example: Any = None) -> Smoke:
+    """Prompt and greedy answer for the endpoint's smoke test, generated as the server generates.
+
+    The prompt is the model's own input example where that holds a text. An example that the model ends at
+    once shows nothing of the weights, so the default follows.
+    """
+    own = prompt_of(input_example)
+    sources = {"the model's input example": own, "the default prompt": PROMPTS[0]}
+    for source, text in sources.items():
+        if text is None:
+            continue
+        while len(ids := encode(engine, text)) + SMOKE_TOKENS > engine.max_model_len and len(text) > 1:
+            text = text[: len(text) // 2]
+        prompt: str | list[int] = text if engine.tokenizer.available else ids
+        [answer] = engine.generate(cast("list[str]", [prompt]), max_tokens=SMOKE_TOKENS)
+        if answer.finish_reason == "error":
+            raise StepError(
+                f"The engine could not continue {source}: {text!r:.200}.", "Read the engine's errors in the log."
+            )
+        if len(answer.token_ids) > 1:
+            break
+    log.info("smoke test: %s, %r, gives %r", source, text, answer.text)
     return Smoke(prompt=prompt, max_tokens=SMOKE_TOKENS, token_ids=answer.token_ids, text=answer.text)

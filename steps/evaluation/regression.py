@@ -32,6 +32,7 @@ from kernels.backends import Backend
 from kernels.bench import bind, cold_caches, geometric_mean
 from kernels.timing import one_call_us
 from kernels.workloads import Case, make_inputs
+from steps.evaluation.example import texts
 from steps.evaluation.machine import free_bytes
 from steps.evaluation.model_level import encode
 from steps.evaluation.operator import Sizes, finite, refusal
@@ -237,7 +238,7 @@ def evaluation_text(model_dir: Path, provenance: Mapping[str, Any]) -> tuple[lis
     the end of Python's language reference, which every installation has and the demo model has not seen.
     """
     own, wanted = model_dir / OWN_TEXT, PIECES * PIECE_CHARACTERS
-    example = "\n\n".join(_texts(provenance.get("input_example")))
+    example = "\n\n".join(texts(provenance.get("input_example")))
     if own.is_file():
         text, source = own.read_text(encoding="utf-8")[:wanted], f"{OWN_TEXT} of the candidate"
     elif len(example) >= wanted // 4:
@@ -250,15 +251,6 @@ def evaluation_text(model_dir: Path, provenance: Mapping[str, Any]) -> tuple[lis
     pieces = [text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS)]
     log.info("quality is measured on %s: %d pieces of text", source, len(pieces))
     return [piece for piece in pieces if len(piece) > 1], source
-
-
-def _texts(example: Any) -> list[str]:
-    """Every text inside an MLflow input example (dataframe split, list, mapping), column names left out."""
-    if isinstance(example, str):
-        return [example]
-    if isinstance(example, Mapping):
-        return _texts(example["data"]) if "data" in example else _texts(list(example.values()))
-    return [text for one in example for text in _texts(one)] if isinstance(example, Sequence) else []
 
 
 def _step_ms(engine: Engine) -> float:
