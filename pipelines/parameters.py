@@ -17,6 +17,7 @@ Value = str | int | float
 Type = Literal["String", "Integer", "Float"]
 
 BACKENDS = ("auto", "cpu", "hopper", "triton", "flash_mla", "reference")
+SWITCH = ("false", "true")  # a pipeline has no boolean parameters
 CACHE_DTYPES = ("bfloat16", "float32", "fp8_ds_mla")
 APPROVALS = ("PendingManualApproval", "Approved", "Rejected")
 PROCESSING_INSTANCES = (
@@ -80,6 +81,12 @@ RELEASE = (
         "ModelUri", "String", "MLflow model: models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN/PATH"
     ),
     Parameter(
+        "AllowRequirementConflicts",
+        "String",
+        "go on although the model pins packages in versions that conflict with the serving image's",
+        SWITCH,
+    ),
+    Parameter(
         "KernelBackend",
         "String",
         "decode kernel to build and measure; auto takes the fastest correct one",
@@ -120,6 +127,11 @@ RELEASE = (
     ),
     Parameter("ModelApprovalStatus", "String", "status the registered version starts with", APPROVALS),
     Parameter("StagingEndpointName", "String", "endpoint that every passing release is deployed to"),
+    Parameter(
+        "AcceleratedModelName",
+        "String",
+        "MLflow name to also register weights and kernel under, for batch jobs; - registers none",
+    ),
 )
 
 PRODUCTION = (

@@ -52,6 +52,7 @@ def pull_model(build: Builder) -> ProcessingStep:
         arguments={
             "--model-uri": build.p.ModelUri,
             "--allow-pickle": str(build.settings.mlflow.allow_pickled_weights).lower(),
+            "--allow-requirement-conflicts": build.p.AllowRequirementConflicts,
         },
         outputs=("model", "provenance"),
         property_files={"Provenance": ("provenance", "provenance.json")},
@@ -223,6 +224,7 @@ def record_release(
             "--model-package-arn": package.properties.ModelPackageArn,
             "--endpoint-name": endpoint.properties.EndpointName,
             "--stage": "staging",
+            "--register-accelerated": build.p.AcceleratedModelName,
         },
         inputs={
             "provenance": output_uri(pull, "provenance"),

@@ -50,9 +50,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=("staging", "production"), required=True)
     parser.add_argument(
         "--register-accelerated",
-        default="",
+        default=NONE,
         metavar="NAME",
-        help="staging: also register, under this name, a model with the kernel and the weights by reference",
+        help="staging: also register, under this name, a model with the kernel and the weights by reference; "
+        f"{NONE} registers none",
     )
 
 
@@ -71,7 +72,7 @@ def main(job: Job) -> None:
         recorded += record_run(registry, release, tags, evaluation_files(job))
     if release.version:
         recorded += record_version(registry, release, tags, job.args.stage)
-    if name := job.args.register_accelerated:
+    if name := _known(job.args.register_accelerated):
         version = register_accelerated(job, registry, name, tags)
         recorded.append(f"accelerated model {name} version {version}, alias {job.args.stage}")
     if not recorded:

@@ -55,7 +55,7 @@ def register(
     if origin["run_id"] == NONE:
         raise StepError(
             "The accelerated model is logged to the training run, but the released version names none.",
-            "Register models from runs, or leave --register-accelerated out.",
+            "Register models from runs, or release with AcceleratedModelName = -.",
         )
     client = registry.client
     with explained(registry, f"The accelerated model '{name}'"), tempfile.TemporaryDirectory() as scratch:

@@ -140,7 +140,7 @@ def check(folder: Path, allow_conflicts: bool) -> list[Row]:
         raise StepError(
             f"The model's requirements conflict with the serving image: {named}{more}.",
             "Log the model with the image's versions, build an image with the model's (`mla-pipeline image "
-            "requirements MODEL_URI`), or run with --allow-requirement-conflicts true.",
+            "requirements MODEL_URI`), or start with AllowRequirementConflicts = true.",
         )
     return rows
 

@@ -106,7 +106,7 @@ def test_conflicts_fail_the_pull_unless_allowed(workspace: Workspace, pull: Pull
     (folder / "requirements.txt").write_text("torch==1.13.1\nnumpy==1.26.4\nmlflow==3.17.2\n")
     version = workspace.add_model(NAME, folder)
     uri = f"models:/{NAME}/{version}"
-    failed(pull(uri), "torch ==1.13.1", "numpy ==1.26.4", "--allow-requirement-conflicts true")
+    failed(pull(uri), "torch ==1.13.1", "numpy ==1.26.4", "AllowRequirementConflicts = true")
     outcome = pull(uri, "--allow-requirement-conflicts", "true")
     assert outcome.code == 0, outcome.message
     document = json.loads((outcome.output("provenance") / "provenance.json").read_text())

@@ -79,6 +79,7 @@ def give_promotion(root: Path, name: str, version: str, run_id: str, arn: str = 
 
 def record(root: Path, stage: str) -> Outcome:
     argv = ["--model-package-arn", ARN, "--endpoint-name", f"{stage}-endpoint", "--stage", stage]
+    argv += ["--register-accelerated", "-"] if stage == "staging" else []  # the pipeline parameter's default
     return run_step(record_release.main, record_release.arguments, argv, root)
 
 
