@@ -268,7 +268,8 @@ def smoke(engine: Engine, input_example: Any = None) -> Smoke:
         [answer] = engine.generate(cast("list[str]", [prompt]), max_tokens=SMOKE_TOKENS)
         if answer.finish_reason == "error":
             raise StepError(
-                f"The engine could not continue {source}: {text!r:.200}.", "Read the engine's errors in the log."
+                f"The engine could not continue {source}, {text!r:.200}.",
+                "Read the engine's errors in the log.",
             )
         if len(answer.token_ids) > 1:
             break

@@ -16,11 +16,10 @@ from steps.evaluation.engines import ENGINE_OPTIONS
 from steps.evaluation.example import PROMPT_CHARACTERS, prompt_of
 from tests.steps.tiny_model import write_model
 
+KEYS = st.sampled_from(["prompt", "inputs", "columns", "data", "x"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: (
-        st.lists(inner) | st.dictionaries(st.sampled_from(["prompt", "inputs", "columns", "data", "x"]), inner)
-    ),
+    lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner),
 )
 
 
