@@ -17,6 +17,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "config"
 CORE = CONFIG / "infrastructure.yaml"
 NETWORK = CONFIG / "infrastructure" / "network.yaml"
 WATCHING = CONFIG / "infrastructure" / "watching.yaml"
+TRIGGERS = CONFIG / "infrastructure" / "triggers.yaml"
 
 ACCOUNT, REGION = "111122223333", "us-east-1"
 _NOTHING = object()  # AWS::NoValue: whatever holds it drops it
@@ -158,7 +159,7 @@ class Stack:
         if name in self.parameters:
             return self.parameters[name]
         kind = self.template["Resources"][name]["Type"]
-        arns = ("AWS::IAM::ManagedPolicy", "AWS::SNS::Topic")
+        arns = ("AWS::IAM::ManagedPolicy", "AWS::SNS::Topic", "AWS::SecretsManager::Secret")
         return self._attribute(name, "Arn") if kind in arns else self._name(name)
 
     def _name(self, logical: str) -> str:
@@ -187,17 +188,23 @@ _NAMES = {
     "AWS::CloudWatch::Alarm": ("AlarmName",),
     "AWS::CodeBuild::Project": ("Name",),
     "AWS::ECR::Repository": ("RepositoryName",),
+    "AWS::Events::Rule": ("Name",),
+    "AWS::Lambda::Function": ("FunctionName",),
     "AWS::Logs::LogGroup": ("LogGroupName",),
     "AWS::S3::Bucket": ("BucketName",),
     "AWS::SNS::Topic": ("TopicName",),
+    "AWS::SecretsManager::Secret": ("Name",),
 }
 _ARNS = {
     "AWS::CloudWatch::Alarm": "arn:aws:cloudwatch:{region}:{account}:alarm:{name}",
     "AWS::ECR::Repository": "arn:aws:ecr:{region}:{account}:repository/{name}",
+    "AWS::Events::Rule": "arn:aws:events:{region}:{account}:rule/{name}",
     "AWS::IAM::ManagedPolicy": "arn:aws:iam::{account}:policy/{name}",
     "AWS::IAM::Role": "arn:aws:iam::{account}:role/{name}",
     "AWS::KMS::Key": "arn:aws:kms:{region}:{account}:key/{name}",
+    "AWS::Lambda::Function": "arn:aws:lambda:{region}:{account}:function:{name}",
     "AWS::Logs::LogGroup": "arn:aws:logs:{region}:{account}:log-group:{name}:*",
     "AWS::S3::Bucket": "arn:aws:s3:::{name}",
     "AWS::SNS::Topic": "arn:aws:sns:{region}:{account}:{name}",
+    "AWS::SecretsManager::Secret": "arn:aws:secretsmanager:{region}:{account}:secret:{name}-AbCdEf",
 }

@@ -137,6 +137,7 @@ RECORDED: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
     ("RecordPromotion", "secretsmanager", "GetSecretValue", {"SecretId": SECRET}),
     ("events", "sagemaker", "StartPipelineExecution", {"PipelineName": "mla-production"}),
+    ("events", "sagemaker", "StartPipelineExecution", {"PipelineName": "mla-release"}),
 ]
 
 

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from tests.config import policy_checks
-from tests.config.template import ACCOUNT, CONFIG, CORE, NETWORK, REGION, WATCHING, Stack, load
+from tests.config.template import ACCOUNT, CONFIG, CORE, NETWORK, REGION, TRIGGERS, WATCHING, Stack, load
 
-TEMPLATES = {path.stem: path for path in (CORE, NETWORK, WATCHING)}
+TEMPLATES = {path.stem: path for path in (CORE, NETWORK, WATCHING, TRIGGERS)}
 OTHER = "444455556666"
 KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/reused"
 SECRET = f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:mla/databricks-AbCdEf"
@@ -73,8 +73,15 @@ def test_policies_are_narrow(core: dict[str, Any], variant: str) -> None:
 
 
 def test_policies_of_the_other_templates_are_narrow() -> None:
-    for path in (NETWORK, WATCHING):
+    for path in (NETWORK, WATCHING, TRIGGERS):
         assert policy_checks.findings(Stack(load(path))) == []
+    everything = {"PollSchedule": "rate(1 hour)", "WebhookEnabled": "true"}
+    everything |= {
+        "PermissionsBoundaryArn": BOUNDARY,
+        "DatabricksSecretArn": SECRET,
+        "DatabricksSecretKeyArn": KEY,
+    }
+    assert policy_checks.findings(Stack(load(TRIGGERS), everything)) == []
 
 
 def test_every_condition_is_tried_both_ways(core: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pipelines.aws import Aws
 from pipelines.errors import UserError
 from pipelines.local import CREDENTIALS
 from pipelines.settings import CONFIG, Settings
-from tests.config.template import CORE, NETWORK, WATCHING, Stack, load
+from tests.config.template import CORE, NETWORK, TRIGGERS, WATCHING, Stack, load
 
 REGION = "us-east-1"
 OUTPUTS = {
@@ -64,7 +64,7 @@ def settings() -> Settings:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Templates of one bucket each, with the parameters of the real ones and their outputs."""
-    for path in (CORE, NETWORK, WATCHING):
+    for path in (CORE, NETWORK, WATCHING, TRIGGERS):
         template = load(path)
         small = {
             "AWSTemplateFormatVersion": "2010-09-09",
@@ -151,6 +151,37 @@ def test_a_network_comes_first_and_its_group_reaches_the_core(
         "subnets": ["subnet-1", "subnet-2"],
         "security_group_ids": ["sg-made"],
     }
+
+
+def test_triggers_come_last_when_configured_and_go_quiet_when_not(
+    aws: Aws, settings: Settings, folder: Path
+) -> None:
+    boundary = "arn:aws:iam::111122223333:policy/boundary"
+    deploy(aws, settings, folder, PermissionsBoundaryArn=boundary)
+    assert stacks(aws) == ["mla-dev", "mla-dev-watching"]
+    polling = Settings.load("dev", {"triggers.poll": "rate(15 minutes)"})
+    deploy(aws, polling, folder)
+    made = parameters(aws, "mla-dev-triggers")
+    assert made["PermissionsBoundaryArn"] == boundary  # given long ago, to another stack
+    wanted = {
+        "PollSchedule": "rate(15 minutes)",
+        "WebhookEnabled": "false",
+        "ModelName": "main.mla.deepseek",
+        "ModelAlias": "champion",
+        "RegistryHost": "https://dev.cloud.databricks.com",
+        "RegistryKind": "unity-catalog",
+        "DatabricksSecretArn": settings.mlflow.secret_arn,
+        "NotificationTopicArn": OUTPUTS["NotificationTopicArn"],
+    }
+    assert wanted.items() <= made.items()
+    deploy(aws, settings, folder)
+    assert parameters(aws, "mla-dev-triggers")["PollSchedule"] == ""
+
+
+def test_a_trigger_needs_an_alias_that_can_move(aws: Aws, folder: Path) -> None:
+    fixed = {"triggers.webhook": True, "parameters.release.ModelUri": "models:/main.mla.deepseek/3"}
+    with pytest.raises(UserError, match="has no alias that could move"):
+        deploy(aws, Settings.load("dev", fixed), folder)
 
 
 def test_a_key_that_was_brought_does_not_reach_the_logs(aws: Aws, settings: Settings, folder: Path) -> None:
