@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -174,8 +175,17 @@ def test_triggers_come_last_when_configured_and_go_quiet_when_not(
         "NotificationTopicArn": OUTPUTS["NotificationTopicArn"],
     }
     assert wanted.items() <= made.items()
+    asked: dict[str, dict[str, str]] = {}
+
+    def note(params: dict[str, Any], **_: Any) -> None:
+        asked[params["StackName"]] = {
+            one["ParameterKey"]: one.get("ParameterValue", "as before") for one in params["Parameters"]
+        }
+
+    aws.cloudformation.meta.events.register("before-parameter-build.cloudformation.CreateChangeSet", note)
     deploy(aws, settings, folder)
-    assert parameters(aws, "mla-dev-triggers")["PollSchedule"] == ""
+    off = asked["mla-dev-triggers"]
+    assert (off["PollSchedule"], off["WebhookEnabled"], off["ModelName"]) == ("", "false", "as before")
 
 
 def test_a_trigger_needs_an_alias_that_can_move(aws: Aws, folder: Path) -> None:
