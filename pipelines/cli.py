@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines import operations
+from pipelines import operations, registry
 from pipelines.console import (
     PIPELINES,
     RELEASE,
@@ -290,8 +290,9 @@ def _print_summary(summary: Summary, display: Any) -> None:
         display.console.print(line, soft_wrap=True)
 
 
-for command in operations.COMMANDS:
+for command in (*operations.COMMANDS, *registry.COMMANDS):
     app.command()(command)
+app.add_typer(registry.image, name="image")
 
 if __name__ == "__main__":
     app()

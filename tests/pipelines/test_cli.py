@@ -27,6 +27,9 @@ COMMANDS = [
     "bootstrap",
     "plan",
     "rollback",
+    "doctor",
+    "provenance",
+    "image",
 ]
 SLOW = ("sagemaker", "moto", "mlflow", "torch", "boto3", "botocore")
 

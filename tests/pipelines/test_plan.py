@@ -6,20 +6,24 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 from botocore.stub import Stubber
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import difference, lint, plan
+from pipelines import difference, lint, plan, upsert
 from pipelines.aws import Aws
 from pipelines.difference import compare
+from pipelines.errors import UserError
 from pipelines.prices import Cost, Prices, per_million_tokens
 from pipelines.settings import Settings
 
 Document = dict[str, Any]
+MISSING: Any = {"Error": {"Code": "ResourceNotFound", "Message": "no such pipeline"}}
 KEYS = {"region_name": "us-east-1", "aws_access_key_id": "x", "aws_secret_access_key": "x"}
 
 
@@ -246,3 +250,23 @@ def test_who_may_not_read_quotas_is_told_where_to_look() -> None:
         (found,) = plan.quotas(offline(quotas=client), {"ml.p5.4xlarge for endpoint usage": 3})
     assert found.enough is None
     assert "3 needed, allowed unknown (AccessDeniedException: look at Service Quotas" in str(found)
+
+
+def test_a_refused_data_source_names_the_setting_that_helps() -> None:
+    """The words of the service, from aws/sagemaker-python-sdk issue 4994."""
+    words = (
+        "Unable to parse pipeline definition. Unknown Argument member 'AdditionalModelDataSources'",
+        "Unable to parse pipeline definition. Unknown Argument member 'Another'",
+    )
+    for message, expected in zip(words, (UserError, ClientError), strict=True):
+        refusal = ClientError(
+            {"Error": {"Code": "ValidationException", "Message": message}}, "CreatePipeline"
+        )
+        pipeline = Mock(upsert=Mock(side_effect=refusal))
+        sagemaker = Mock(describe_pipeline=Mock(side_effect=ClientError(MISSING, "DescribePipeline")))
+        pipeline.name, pipeline.definition.return_value = "mla-release", "{}"
+        change = upsert._plan_pipeline(Mock(sagemaker=sagemaker), Settings.load("dev"), pipeline)
+        with pytest.raises(expected, match="Unknown Argument member") as caught:
+            change.apply()
+        helped = "endpoint.kernel_delivery: download in config/dev.yaml" in str(caught.value)
+        assert helped == (expected is UserError)

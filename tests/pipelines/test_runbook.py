@@ -21,6 +21,7 @@ COMPOSED = {"stack is ROLLBACK_COMPLETE"}  # put together from a status of Cloud
 def source() -> str:
     """The code's text with literals that continue on the next line joined."""
     files = [*(ROOT / "pipelines").glob("*.py"), *(ROOT / "steps").rglob("*.py")]
+    files += (ROOT / "container" / "serving").glob("*.py")
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     return re.sub(r'"\s*\n\s*f?"', "", text)
 
@@ -43,4 +44,5 @@ def test_every_release_parameter_is_explained() -> None:
 
 def test_every_command_exists() -> None:
     known = {one.name or one.callback.__name__ for one in app.registered_commands}  # type: ignore[union-attr]
+    known |= {str(one.name) for one in app.registered_groups}
     assert set(re.findall(r"mla-pipeline ([a-z]+)", TEXT)) <= known
