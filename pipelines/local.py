@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -167,10 +168,18 @@ class Local:
     """Context manager: lock, MLflow server and sandbox, started side by side; all stopped at the end.
 
     port: of the sandbox; 0 takes a free one. mlflow_port: likewise.
+    job_environment: further variables of every job and endpoint, below their own.
     """
 
-    def __init__(self, state: Path = STATE, port: int = 0, mlflow_port: int = 0) -> None:
+    def __init__(
+        self,
+        state: Path = STATE,
+        port: int = 0,
+        mlflow_port: int = 0,
+        job_environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.state, self._port, self._mlflow_port = state.resolve(), port, mlflow_port
+        self._job_environment = dict(job_environment or {})
         self._sandbox: Sandbox | None = None
 
     def __enter__(self) -> Local:
@@ -200,6 +209,7 @@ class Local:
         from pipelines.sandbox.account import prepare_account
 
         jobs = {"MLA_KERNEL_CACHE": str(self.state / "kernels"), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        jobs |= self._job_environment
         self._sandbox = Sandbox(self.state / "sandbox", port=self._port, job_environment=jobs)
         self._sandbox.__enter__()
         # Not setdefault: a run of its own must never reach an account that the shell is pointed at.

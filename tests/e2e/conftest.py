@@ -23,7 +23,8 @@ QUICK = {
     "MaxDecodeLatencyMs": "10000",
     "MaxRegressionPercent": "10000",
 }
-TRAINING = ("--steps", "20")
+TRAINING = ("--steps", "20", "--threads", "1")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # threads of several test processes would wait for each other's cores
 
 
 @dataclass
@@ -61,7 +62,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """`mla-pipeline run` up to a decision, which is to reject."""
     before = dict(os.environ)
     try:
-        with Local(tmp_path_factory.mktemp("mla")) as local:
+        with Local(tmp_path_factory.mktemp("mla"), job_environment=ONE_THREAD) as local:
             yield _first_release(local)
     finally:
         os.environ.clear()
