@@ -11,14 +11,17 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from pipelines import service, triggers, upsert
 from pipelines.aws import Aws as Clients
+from pipelines.cli import app
 from pipelines.settings import Settings
 from tests.config.iam_walk import Call, statements, walk
 from tests.config.recorded import calls
@@ -149,10 +152,32 @@ def test_a_version_that_a_person_released_is_not_new(aws: Aws, clients: Clients,
     assert triggers.tried(clients, release, triggers.Version("other", "3")) == ""
 
 
-def test_the_alias_is_asked_with_mlflows_client(release: Settings, tmp_path: Any) -> None:
+def test_the_command_starts_a_new_version_once(
+    aws: Aws, clients: Clients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no .mla/ of another sandbox
+    local = Settings.load("local")
+    step = aws.script("Show", "import sys; print(sys.argv[1])", {"Get": "Parameters.ModelUri"})
+    aws.create(local.names.release_pipeline, [step], [{"Name": "ModelUri", "Type": "String"}])
+    aws.sagemaker.create_model_package_group(ModelPackageGroupName=local.names.model_package_group)
+    monkeypatch.setattr(triggers, "current", lambda settings: triggers.Version("mla-demo", "4"))
+    first, second, wrong = (
+        CliRunner().invoke(app, ["start", *more, "--if-new"])
+        for more in ([], [], ["-p", "ModelUri=models:/x/1"])
+    )
+    assert first.output.startswith("arn:"), first.output
+    assert second.output.startswith("nothing to do: models:/mla-demo/4 is not new, execution ")
+    assert (second.exit_code, wrong.exit_code) == (0, 1)
+    assert started(clients, local) == [("mla-demo-v4", "models:/mla-demo/4")]
+
+
+def test_the_alias_is_asked_with_mlflows_client(
+    release: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = tmp_path.as_uri()  # a folder: making a database takes MLflow 15 seconds
     client = mlflow.MlflowClient(uri, uri)
     client.create_registered_model("demo")
     for _ in range(2):
@@ -291,7 +316,7 @@ def sent_by_mlflow(
             posted.append(SimpleNamespace(data=data, headers=headers))
 
     monkeypatch.setattr(delivery, "_validate_webhook_url", lambda url: None)  # it would ask a name server
-    entity = WebhookEvent.from_str(event)
+    entity = WebhookEvent.from_str(event)  # type: ignore[arg-type]
     webhook = Webhook("w", "name", "https://example.com", [entity], 0, 0, secret=secret)
     payload: Any = {"name": "main.mla.demo", "alias": "champion", "version": "5", **data}
     delivery._send_webhook_request(webhook, payload, entity, Session())  # type: ignore[arg-type]
