@@ -1,5 +1,6 @@
 """The example against a real MLflow server: what it registers is what the pipeline and its users read."""
 
+import json
 import os
 import socket
 import subprocess
@@ -56,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             try:
                 if requests.get(f"{url}/health", timeout=2).ok:
                     break
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 time.sleep(0.2)
         yield url
     finally:
@@ -117,6 +118,22 @@ def test_signature_requirements_and_input_example(folder: Path) -> None:
     assert any(pin.startswith("torch==") for pin in pins)
     assert not any("+" in pin for pin in pins)
     assert (folder / "input_example.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_model_brings_the_text_it_is_judged_by_and_the_prompt_it_is_tried_with(folder: Path) -> None:
+    """The text is what training held out; Evaluate finds both."""
+    sys.path.insert(0, str(EXAMPLE.parent))
+    from train_and_log import HELD_OUT_BYTES, PROMPT, documentation
+
+    from steps.evaluation.example import prompt_of
+    from steps.evaluation.regression import OWN_TEXT, evaluation_text
+
+    pieces, source = evaluation_text(folder, {})
+    assert source.startswith(OWN_TEXT)
+    held_out = documentation()[-HELD_OUT_BYTES:].decode(errors="ignore")
+    assert held_out.startswith("".join(pieces))
+    assert prompt_of(json.loads((folder / "input_example.json").read_text())) == PROMPT
 
 
 @pytest.mark.slow
