@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger("steps.registry")
+
+_SAGEMAKER_ARN = re.compile(
+    r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:(mlflow-tracking-server|mlflow-app)/[\w.-]+"
+)
 
 
 @dataclass(frozen=True)
@@ -221,6 +226,12 @@ def _tracking_repository(repository: Any) -> Any:
 def _check_host(uri: str) -> None:
     """One request, so that a wrong address fails in seconds and by its name."""
     if uri.startswith("arn:"):
+        if not _SAGEMAKER_ARN.fullmatch(uri):
+            raise StepError(
+                f"{uri} is no ARN of a SageMaker managed MLflow server.",
+                "Set mlflow.tracking_uri to arn:aws:sagemaker:REGION:ACCOUNT:mlflow-tracking-server/NAME "
+                "(or mlflow-app/ID).",
+            )
         try:
             import sagemaker_mlflow  # noqa: F401
         except ImportError:

@@ -53,7 +53,9 @@ def _explain(registry: RegistryName, subject: str, error: Exception) -> StepErro
     if code in ("PERMISSION_DENIED", "AccessDenied") or status == 403:
         return StepError(
             f"{subject}: permission denied by {where}: {text}.",
-            f"Grant the job's principal {GRANTS}; `mla-pipeline doctor` says which is missing.",
+            "Allow the job's role sagemaker-mlflow:* on this ARN, and to read the server's bucket."
+            if where.startswith("arn:")
+            else f"Grant the job's principal {GRANTS}; `mla-pipeline doctor` says which is missing.",
         )
     if code == "REQUEST_LIMIT_EXCEEDED" or status == 429:
         return StepError(
@@ -89,6 +91,8 @@ def error_code(error: Exception) -> tuple[str, int]:
         text = str(chain)
         if text.startswith("invalid_client"):  # the OAuth error code that Databricks' SDK puts first
             return "invalid_client", 401
+        if "is not authorized to perform" in text:  # AWS's own answer, in which mlflow finds no error code
+            return "AccessDenied", 403
         if type(chain).__name__ == "RestException":
             return str(code), chain.get_http_status_code()  # type: ignore[attr-defined]
         for number in (401, 403, 404, 429, 500, 502, 503, 504):
