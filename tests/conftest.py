@@ -20,3 +20,6 @@ def fresh_flash_mla() -> Iterator[None]:
     sys.path[:] = path
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_mla"]:
         del sys.modules[name]
+
+# OpenMP's threads of several test processes would spin while they wait for each other's cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
