@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 
 from pipelines import cli, readme
 from pipelines.errors import UserError
@@ -13,7 +14,7 @@ def test_the_parameters_in_the_readme_are_the_table() -> None:
 
 
 def test_every_command_in_the_readme_exists() -> None:
-    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
+    known = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
     lines = [line.strip() for line in readme.README.read_text().splitlines()]
     used = {line.split()[1] for line in lines if line.startswith("mla-pipeline ")}
     assert used
