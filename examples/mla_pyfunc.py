@@ -76,7 +76,7 @@ class TransformersGenerator:
             how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         tokens = self._tokenizer(prompt, return_tensors="pt").input_ids
         out = self._model.generate(tokens, max_new_tokens=max_new_tokens, **how)[0, tokens.shape[1] :]
-        return self._tokenizer.decode(out, skip_special_tokens=True)
+        return str(self._tokenizer.decode(out, skip_special_tokens=True))
 
 
 mlflow.models.set_model(MlaModel())

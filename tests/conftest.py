@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+# OpenMP's threads of several test processes would spin while they wait for each other's cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 if not shutil.which("nvidia-smi"):
     # Triton reads it once, when its own library is imported: kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +22,3 @@ def fresh_flash_mla() -> Iterator[None]:
     sys.path[:] = path
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_mla"]:
         del sys.modules[name]
-
-# OpenMP's threads of several test processes would spin while they wait for each other's cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
