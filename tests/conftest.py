@@ -1,4 +1,4 @@
-"""For all tests: what has to be set before torch or triton is imported, and one fixture."""
+"""For all tests: what is set before torch or triton is imported, how they are spread, what ends with each."""
 
 import os
 import shutil
@@ -12,6 +12,27 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 if not shutil.which("nvidia-smi"):
     # Triton reads it once, when its own library is imported: kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay on one worker, in order: they share servers that take seconds to start."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+def _restored_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+# Steps and the local run set variables for the libraries they call, as a process of their own may.
+_after_each_file = pytest.fixture(autouse=True, scope="module", name="_file_environment")(
+    _restored_environment
+)
+_after_each_test = pytest.fixture(autouse=True, name="_test_environment")(_restored_environment)
 
 
 @pytest.fixture

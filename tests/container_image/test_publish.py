@@ -100,5 +100,5 @@ def test_requirements_are_those_of_the_extras() -> None:
 
 
 def test_an_unknown_extra_is_named() -> None:
-    with pytest.raises(SystemExit, match="no extra 'nothing': choose from dev, hopper, job"):
+    with pytest.raises(SystemExit, match="no extra 'nothing': choose from dev, job"):
         requirements(["nothing"], REPOSITORY / "pyproject.toml")

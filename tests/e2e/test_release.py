@@ -118,7 +118,7 @@ def test_production_started_by_hand_refuses_a_rejected_version(chain: Chain) -> 
 def test_approval_by_a_plain_client_moves_the_version_to_production(chain: Chain) -> None:
     package = chain.summary.model_package_arn
     started = len(chain.production_executions())
-    boto3.client("sagemaker", region_name="us-east-1").update_model_package(
+    boto3.Session(region_name="us-east-1").client("sagemaker").update_model_package(
         ModelPackageArn=package, ModelApprovalStatus="Approved"
     )
     deadline = time.monotonic() + 30
