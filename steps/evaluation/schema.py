@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from steps.job import StepError
 
@@ -132,15 +133,19 @@ class Production(Section):
 OUT_OF_BOUNDS = 1e9
 
 
+# Six digits: GateFailed and the package's metadata show the figure as it stands.
+Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
+
+
 class Gate(Section):
     """What QualityGate compares with the pipeline's parameters, flat for JsonGet."""
 
     correct: int  # 1 or 0
-    relative_error: float
-    speedup: float
-    decode_latency_ms: float
-    tokens_equal_percent: float
-    regression_percent: float  # the worse of latency and quality against production; 0 without a production
+    relative_error: Figure
+    speedup: Figure
+    decode_latency_ms: Figure
+    tokens_equal_percent: Figure
+    regression_percent: Figure  # the worse of latency and quality against production; 0 without a production
 
 
 class Evaluation(Section):
