@@ -10,7 +10,7 @@ run: venv
 	$(BIN)/mla-pipeline run --approve
 
 test: venv lint typecheck
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""For all tests: what is set before torch or triton is imported, how they are spread, what ends with each."""
+"""For all tests: what is set before torch or triton is imported, and what ends with each."""
 
 import os
 import shutil
@@ -12,13 +12,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 if not shutil.which("nvidia-smi"):
     # Triton reads it once, when its own library is imported: kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay on one worker, in order: they share servers that take seconds to start."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def _restored_environment() -> Iterator[None]:

@@ -165,8 +165,8 @@ def _pickle_error(name: str, reason: str, count: int) -> StepError:
     others = f" (and {count - 1} more)" if count > 1 else ""
     return StepError(
         f"The model holds a pickle, {name}{others}: {reason}; loading a pickle runs whatever code it holds.",
-        "Log the weights as safetensors or, if you trust their author, set mlflow.allow_pickled_weights: true "
-        "in the environment's configuration (the step's --allow-pickle true).",
+        "Log the weights as safetensors or, if you trust their author, set mlflow.allow_pickled_weights: "
+        "true in the environment's configuration (the step's --allow-pickle true).",
     )
 
 

@@ -22,7 +22,6 @@ REASON = buildah.obstacle()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("image"),
     pytest.mark.skipif(REASON is not None, reason=REASON or ""),
 ]
 

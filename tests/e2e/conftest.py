@@ -1,4 +1,4 @@
-"""One sandbox, one MLflow server, one model and one release; one worker runs the tests that share them."""
+"""One sandbox, one MLflow server, one model and one release; a file of tests that share them runs on one worker."""
 
 from __future__ import annotations
 

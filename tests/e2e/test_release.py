@@ -19,7 +19,7 @@ from pipelines.display import Display
 from pipelines.errors import UserError
 from tests.e2e.conftest import QUICK, Chain
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = {
     "PullModel", "CompileKernel", "Evaluate", "QualityGate", "RegisterModel", "CreateModel",

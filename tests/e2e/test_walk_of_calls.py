@@ -12,7 +12,7 @@ from tests.config.recorded import calls
 from tests.config.template import CORE, Stack, load
 from tests.e2e.conftest import QUICK, Chain
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SERVICES_OWN = ("pipeline", "endpoint", "events")  # what acts for the service, besides the steps
 
 
