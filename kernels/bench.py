@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.arguments import Problem
 from kernels.backends import Backend, available_backends, get_backend
 from kernels.reference import compiled_absorbed, mla_decode_absorbed
-from kernels.timing import Timing, interleaved, one_call_us
+from kernels.timing import Timing, device_name, interleaved, one_call_us
 from kernels.workloads import Case, Inputs, make_inputs, parse_workload
 
 BASELINES = ("torch", "torch.compile")
@@ -217,7 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backends, cases, h_q=h_q, q_dtype=getattr(torch, options.dtype), kv_dtype=kv_dtype, device=device,
             seconds_per_case=options.seconds, limit_gbps=limit, compile_baseline=options.compile,
         )  # fmt: skip
-    print(f"{device}, {torch.get_num_threads()} threads, read limit {limit:.1f} GB/s\n")
+    print(
+        "# The decode operator beside torch\n\nMade by `python -m kernels.bench`: cases are batch x cached tokens."
+    )
+    print(f"{device_name(device)}, {torch.get_num_threads()} threads, reads at most {limit:.1f} GB/s.\n")
     print(table(results))
     if options.out:
         report = {"device": str(device), "threads": torch.get_num_threads(), "limit_gbps": limit,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -75,3 +77,13 @@ def interleaved(
         for name in names[shift:] + names[:shift]:
             samples[name].append(one_call_us(calls[name], device))
     return {name: summarize(values) for name, values in samples.items()}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name, for the head of a table."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

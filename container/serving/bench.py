@@ -6,7 +6,6 @@ latents instead of a prefill, on both sides: a decode step's time does not depen
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from container.serving.engine import Engine, Options
 from container.serving.model import Model
 from container.serving.tokenizer import Tokenizer
 from container.serving.weights import Loader, Rows
+from kernels.timing import device_name
 
 CONTEXT = 4096
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -264,7 +264,7 @@ def markdown(results: list[Result], context: int) -> str:
         "one machine with the same random weights, dtype and threads, the context's cache filled with",
         "random latents.",
         "",
-        f"Machine: {_processor()}, {torch.get_num_threads()} threads, "
+        f"Machine: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, "
         + ", ".join(f"{k} {v}" for k, v in versions.items())
         + f"; load average when it began {LOAD[0]:.1f}.",
         "",
@@ -280,14 +280,6 @@ def markdown(results: list[Result], context: int) -> str:
 
 
 LOAD = os.getloadavg()
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 def main() -> int:
