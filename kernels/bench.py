@@ -217,9 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backends, cases, h_q=h_q, q_dtype=getattr(torch, options.dtype), kv_dtype=kv_dtype, device=device,
             seconds_per_case=options.seconds, limit_gbps=limit, compile_baseline=options.compile,
         )  # fmt: skip
-    print(
-        "# The decode operator beside torch\n\nMade by `python -m kernels.bench`: cases are batch x cached tokens."
-    )
+    print("# The decode operator beside torch\n")
+    print("Made by `python -m kernels.bench`; a case is batch x cached tokens, its cache cold.")
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, reads at most {limit:.1f} GB/s.\n")
     print(table(results))
     if options.out:

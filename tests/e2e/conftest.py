@@ -1,4 +1,4 @@
-"""One sandbox, one MLflow server, one model and one release; a file of tests that share them runs on one worker."""
+"""One sandbox, one MLflow server, one model and one release for the tests of a worker."""
 
 from __future__ import annotations
 
