@@ -27,6 +27,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see __main__.py
 import httpx
 
 PROMPT = "The assert statement is used to check "
+# Small enough to be touched whole before memory is first read: pages of the cache, filled one after the
+# other, would look like a leak.
+CACHE_TOKENS = 32_768
 SHORT = {"prompt": PROMPT, "max_tokens": 1}
 
 
@@ -188,6 +191,7 @@ def main() -> int:
         url = f"http://127.0.0.1:{port}"
         env = {
             **os.environ,
+            "MLA_CACHE_TOKENS": str(CACHE_TOKENS),
             "MLA_ML_ROOT": root,
             "SAGEMAKER_BIND_TO_PORT": str(port),
             "MLA_HOST": "127.0.0.1",
