@@ -69,15 +69,19 @@ def run(
     from pipelines import run as chain
     from pipelines.display import Display
     from pipelines.local import Local
+    from pipelines.parameters import RELEASE, check_values
 
     display = Display()
-    with errors(), stoppable(), Local(state, port, mlflow_port) as local:
-        decide = (lambda package: "Approved") if approve else _ask
-        summary = chain.run(local, display, pairs(parameter), decide)
-        _print_summary(summary, display)
-        if keep:
-            typer.echo("Both endpoints stay up: mla-pipeline invoke TEXT. Ctrl-C ends them.")
-            signal.pause()
+    with errors(), stoppable():
+        values = pairs(parameter)
+        check_values({one.name: one for one in RELEASE}, values, "--parameter")  # before anything starts
+        with Local(state, port, mlflow_port) as local:
+            decide = (lambda package: "Approved") if approve else _ask
+            summary = chain.run(local, display, values, decide)
+            _print_summary(summary, display)
+            if keep:
+                typer.echo("Both endpoints stay up: mla-pipeline invoke TEXT. Ctrl-C ends them.")
+                signal.pause()
 
 
 @app.command()

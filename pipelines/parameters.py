@@ -149,15 +149,22 @@ PRODUCTION = (
 PIPELINES: Mapping[str, tuple[Parameter, ...]] = {"release": RELEASE, "production": PRODUCTION}
 
 
+def check_values(table: Mapping[str, Parameter], values: Mapping[str, object], where: str) -> None:
+    """Raise UserError for an unknown parameter, and for a value of the wrong type or outside the enum."""
+    for name, value in values.items():
+        if name not in table:
+            raise UserError(f"unknown parameter '{name}'", where, choose(name, table))
+        table[name].parse(value, where)
+
+
 def check_defaults(pipeline: str, defaults: Mapping[str, object], where: str) -> dict[str, Value]:
     """The defaults of one pipeline, typed; every parameter but the required ones must have one.
 
     Raises UserError for an unknown, missing, mistyped or disallowed default.
     """
     table = {parameter.name: parameter for parameter in PIPELINES[pipeline]}
+    check_values(table, defaults, where)
     for name in defaults:
-        if name not in table:
-            raise UserError(f"unknown parameter '{name}'", where, choose(name, table))
         if table[name].required:
             raise UserError(f"{name} takes no default", where, "remove it")
     missing = [name for name, parameter in table.items() if not parameter.required and name not in defaults]

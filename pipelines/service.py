@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.aws import Aws, is_missing
 from pipelines.errors import UserError, choose
-from pipelines.parameters import Parameter
+from pipelines.parameters import Parameter, check_values
 
 RUNNING = {"Executing", "Stopping"}
 JOBS = "/aws/sagemaker/ProcessingJobs"
@@ -91,10 +91,7 @@ def start(
     values: parameter name to text. Names, types and enums are checked against the stored definition first.
     """
     parameters = stored_parameters(aws, pipeline)
-    for key, value in values.items():
-        if key not in parameters:
-            raise UserError(f"unknown parameter '{key}'", f"pipeline {pipeline}", choose(key, parameters))
-        parameters[key].parse(value, f"pipeline {pipeline}")
+    check_values(parameters, values, f"pipeline {pipeline}")
     missing = [key for key, one in parameters.items() if one.required and key not in values]
     if missing:
         raise UserError(

@@ -104,6 +104,8 @@ def test_it_starts_within_half_a_second() -> None:
         (["status"], "no sandbox is running: --env local; run `mla-pipeline sandbox`"),
         (["approve"], "no sandbox is running"),
         (["run", "-p", "ModelUri"], "'ModelUri' has no '='"),
+        (["run", "-p", "Foo=1"], "unknown parameter 'Foo'"),  # before servers start and a model is trained
+        (["run", "-p", "KernelBackend=cpuu"], "did you mean 'cpu'?"),
     ],
 )
 def test_an_error_is_one_line(runner: CliRunner, arguments: list[str], words: str) -> None:
