@@ -112,12 +112,14 @@ class MlflowServer:
         ]  # fmt: skip
         # Neither background jobs (a process of 250 MB) nor usage reports.
         variables = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        # Not the caller's MLFLOW_ variables: the server would take MLFLOW_REGISTRY_URI for its own registry.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         self._process = subprocess.Popen(
             ["sh", "-c", LEASH, "sh", *command],
             stdin=subprocess.PIPE,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
-            env={**os.environ, **variables},
+            env={**inherited, **variables},
             start_new_session=True,
         )
 

@@ -38,7 +38,9 @@ def server_url() -> str:
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     log = (folder / "log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    # A variable that an earlier test's client left behind would give the server another registry.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
     atexit.register(_stop, process, folder)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:

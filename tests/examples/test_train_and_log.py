@@ -2,11 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -14,61 +11,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import mlflow
 import pandas as pd
 import pytest
-import requests
 from mlflow.tracking import MlflowClient
 
 from container.serving.checkpoint import ModelConfig, find_checkpoint
 from container.serving.engine import Engine
+from tests.databricks.mlflow_server import server_url
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_and_log.py"
 FAST = ["--steps", "8", "--batch", "2", "--length", "64"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    stores = [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/m.db",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*command, *stores], stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            assert process.poll() is None, (folder / "log").read_text()
-            try:
-                if requests.get(f"{url}/health", timeout=2).ok:
-                    break
-            except (requests.ConnectionError, requests.Timeout):
-                time.sleep(0.2)
-        yield url
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def trained(server: str) -> str:
-    """The server with one trained and registered model. Returns its URL."""
-    env = {**os.environ, "MLFLOW_TRACKING_URI": server, "PYTHONPATH": str(EXAMPLE.parents[1])}
+def trained() -> str:
+    """A server with one trained and registered model. Returns its URL."""
+    server = server_url()
+    uris = {"MLFLOW_TRACKING_URI": server, "MLFLOW_REGISTRY_URI": server}
+    env = {**os.environ, **uris, "PYTHONPATH": str(EXAMPLE.parents[1])}
     run = subprocess.run(
         [sys.executable, str(EXAMPLE), *FAST], env=env, capture_output=True, text=True, check=False
     )
@@ -76,6 +34,7 @@ def trained(server: str) -> str:
     assert "Failed to validate" not in run.stderr
     assert "registered mla-demo version 1 with alias champion" in run.stderr
     mlflow.set_tracking_uri(server)
+    mlflow.set_registry_uri(server)
     return server
 
 
@@ -86,7 +45,7 @@ def folder(trained: str) -> Path:
 
 @pytest.mark.slow
 def test_the_run_has_parameters_and_a_loss_curve(trained: str) -> None:
-    client = MlflowClient(trained)
+    client = MlflowClient(trained, trained)
     version = client.get_model_version_by_alias("mla-demo", "champion")
     run = client.get_run(version.run_id)
     assert run.data.params["steps"] == "8"
