@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kernels.arguments import Problem, check_arguments
 from kernels.package import DecodeParams, KernelPackage
+from kernels.workspace import Workspaces
 
 ERROR_BYTES = 512
 INVALID_ARGUMENT = 1
 UNSUPPORTED = 2
 MAX_PLANS = 256
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
-WORKSPACE_ALIGN = 256
 
 
 @dataclass(slots=True)
@@ -37,9 +37,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.plans: dict[tuple[Any, ...], _Plan] = {}
-        # By device and stream: two runs at a time may not share a workspace.
-        self.workspaces: dict[tuple[torch.device, int | None], Tensor] = {}
-        self.outgrown: list[Tensor] = []  # a captured CUDA graph may still run in them
+        self.workspaces = Workspaces()
         self.error = ctypes.create_string_buffer(ERROR_BYTES)
 
 
@@ -95,18 +93,14 @@ class CompiledBackend:
         out = torch.empty(plan.out_shape, dtype=q.dtype, device=device)
         lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else None
-        workspace = local.workspaces.get((device, stream))
-        if workspace is None or workspace.numel() < plan.workspace_bytes + WORKSPACE_ALIGN:
-            workspace = self._grow_workspace(device, stream, plan.workspace_bytes)
         params = plan.params
-        base = workspace.data_ptr()
         params.q = q.data_ptr()
         params.kv_cache = k_cache.data_ptr()
         params.block_table = block_table.data_ptr()
         params.cache_seqlens = cache_seqlens.data_ptr()
         params.out = out.data_ptr()
         params.lse = lse.data_ptr()
-        params.workspace = base + -base % WORKSPACE_ALIGN
+        params.workspace = local.workspaces.address(device, stream, plan.workspace_bytes)
         if on_gpu:
             params.stream = stream
             with torch.cuda.device(device):
@@ -116,15 +110,6 @@ class CompiledBackend:
         if status:
             raise _status_error(status, self.name, local.error.value.decode(errors="replace"))
         return out, lse
-
-    def _grow_workspace(self, device: torch.device, stream: int | None, needed: int) -> Tensor:
-        """A zeroed workspace: a GPU target counts in it from 0 (csrc/mla_decode.h), each run ends at 0."""
-        outgrown = self._local.workspaces.get((device, stream))
-        if outgrown is not None and stream is not None:
-            self._local.outgrown.append(outgrown)
-        workspace = torch.zeros(needed + WORKSPACE_ALIGN, dtype=torch.uint8, device=device)
-        self._local.workspaces[device, stream] = workspace
-        return workspace
 
     def _plan(
         self,

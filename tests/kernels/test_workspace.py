@@ -1,0 +1,78 @@
+"""On a Hopper GPU: what a compiled target counts in its workspace holds in CUDA graphs and across streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernels import Backend, get_backend
+from kernels.workloads import Inputs, make_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a GPU of compute capability 9.0",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def hopper() -> Backend:
+    return get_backend("hopper")
+
+
+def inputs_of(rows: int) -> Inputs:
+    return make_inputs([3000, 70, 0, 1] * (rows // 4), h_q=16, device="cuda", seed=rows)
+
+
+def captured(
+    run: Callable[[], object], pool: tuple[int, int] | None = None
+) -> tuple[torch.cuda.CUDAGraph, object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+    return graph, result
+
+
+def test_each_graph_of_a_pool_runs_by_itself(hopper: Backend) -> None:
+    """Only the last graph is replayed, in memory that holds no zeros."""
+    pool = torch.cuda.graph_pool_handle()
+    filled, _ = captured(lambda: torch.full((256 << 20,), 0xFF, dtype=torch.uint8, device="cuda").sum(), pool)
+    filled.replay()
+    torch.cuda.synchronize()
+    cases = [inputs_of(rows) for rows in (16, 8, 4)]
+    expected = [hopper(*case.arguments()) for case in cases]
+    graphs = [captured(lambda case=case: hopper(*case.arguments()), pool) for case in cases]
+    for number in (2, 1, 0, 2, 2):
+        graph, result = graphs[number]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(result, expected[number], strict=True))
+
+
+def test_graphs_and_calls_of_one_thread_at_the_same_time(hopper: Backend) -> None:
+    one, other = inputs_of(8), inputs_of(16)
+    expected = hopper(*one.arguments()), hopper(*other.arguments())
+    graph, result = captured(lambda: hopper(*one.arguments()))
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        with torch.cuda.stream(streams[0]):
+            graph.replay()
+        for stream in streams[1:]:
+            with torch.cuda.stream(stream):
+                called = hopper(*other.arguments())
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(result, expected[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(called, expected[1], strict=True))
+
+
+def test_a_row_count_that_grows(hopper: Backend) -> None:
+    for rows in (4, 64, 8, 128):
+        case = inputs_of(rows)
+        first, second = hopper(*case.arguments()), hopper(*case.arguments())
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert torch.isfinite(first[0]).all()
