@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kernels.arguments import Problem
 from kernels.backends import Backend, available_backends, get_backend
+from kernels.machine import device_name
 from kernels.reference import compiled_absorbed, mla_decode_absorbed
-from kernels.timing import Timing, device_name, interleaved, one_call_us
+from kernels.timing import Timing, interleaved, one_call_us
 from kernels.workloads import Case, Inputs, make_inputs, parse_workload
 
 BASELINES = ("torch", "torch.compile")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], object]
+HOST_CYCLES = 150_000  # the device waits them out, and the host queues meanwhile what is timed
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,40 @@ def interleaved(
     return {name: summarize(values) for name, values in samples.items()}
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name, for the head of a table."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+def captured(call: Call) -> torch.cuda.CUDAGraph:
+    """`call` as a CUDA graph, after two runs on a side stream that allocate and compile what it needs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph
+
+
+def replayed(
+    graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int, flush: Tensor | None = None
+) -> dict[str, Timing]:
+    """Device time of every graph, interleaved in a random order each round.
+
+    Before each replay `flush`, larger than the L2 cache, is overwritten; without it the graph itself is
+    replayed, untimed, so that it finds in the L2 what it left there.
+    """
+    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    for number in range(rounds):
+        for name in random.sample(list(graphs), len(graphs)):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if flush is None:
+                graphs[name].replay()
+            else:
+                flush.fill_(number % 2)
+            torch.cuda._sleep(HOST_CYCLES)
+            begin.record()
+            graphs[name].replay()
+            end.record()
+            pairs[name].append((begin, end))
+        torch.cuda.synchronize()
+    return {name: summarize([1e3 * a.elapsed_time(b) for a, b in some]) for name, some in pairs.items()}

@@ -99,15 +99,16 @@ def make_inputs(
 
     Pages lie in random order among unused ones. With `poison` every token that no query may read, unused
     pages included, is NaN, and unused block table entries are out of range (2^30). kv_dtype uint8 packs
-    fp8_ds_mla.
+    fp8_ds_mla. Numbers are drawn on `device`, so they differ between kinds of device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     width = kv_lora_rank + rope_dim
     b = len(lengths)
     used = [(length + page_size - 1) // page_size for length in lengths]
     num_blocks = sum(used) + 2
-    cache = torch.empty(num_blocks, page_size, 1, width, dtype=torch.float32).normal_(generator=generator)
-    order = torch.randperm(num_blocks, generator=generator, dtype=torch.int64).to(torch.int32)
+    cache = torch.empty(num_blocks, page_size, 1, width, dtype=torch.float32, device=device)
+    cache.normal_(generator=generator)
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).int()
     table = torch.full((b, max([*used, 1]) + 1), 1 << 30 if poison else 0, dtype=torch.int32)
     taken = 0
     for row, count in enumerate(used):
@@ -121,10 +122,10 @@ def make_inputs(
         for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
             if count:
                 packed[int(table[row, count - 1]), length - (count - 1) * page_size :] = nan
-    q = torch.empty(b, s_q, h_q, width).normal_(generator=generator).to(q_dtype)
+    q = torch.empty(b, s_q, h_q, width, device=device).normal_(generator=generator)
     return Inputs(
-        q.to(device),
-        packed.to(device),
+        q.to(q_dtype),
+        packed,
         table.to(device),
         torch.tensor(list(lengths), dtype=torch.int32, device=device),
         kv_lora_rank,

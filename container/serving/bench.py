@@ -27,7 +27,7 @@ from container.serving.engine import Engine, Options
 from container.serving.model import Model
 from container.serving.tokenizer import Tokenizer
 from container.serving.weights import Loader, Rows
-from kernels.timing import device_name
+from kernels.machine import device_name
 
 CONTEXT = 4096
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

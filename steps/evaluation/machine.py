@@ -6,11 +6,11 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
 
+from kernels.machine import cpuinfo, processor_name
 from kernels.package import KernelIndex
 
 # Flags of /proc/cpuinfo that decide which code path of the cpu kernel runs.
@@ -26,12 +26,12 @@ VECTOR_UNITS = {
 
 def machine(device: torch.device, ml_root: Path) -> dict[str, str | int | float | None]:
     """Processor, memory, accelerator and SageMaker instance type (None outside SageMaker)."""
-    cpu = _cpuinfo()
+    cpu = cpuinfo()
     flags = cpu.get("flags", cpu.get("Features", "")).split()
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     accelerator = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
-        "processor": cpu.get("model name") or platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "vector_units": ", ".join(name for flag, name in VECTOR_UNITS.items() if flag in flags) or None,
@@ -70,15 +70,6 @@ def versions(index: KernelIndex, backend: str) -> dict[str, str | None]:
         "kernel_flags": " ".join(package.manifest.get("flags", [])) if package else None,
         "flash_mla": index.flash_mla.label if index.flash_mla else None,
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
-    if sys.platform != "linux":
-        return {}
-    lines = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
-    pairs = (line.partition(":") for line in lines)
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _instance_type(ml_root: Path) -> str | None:
