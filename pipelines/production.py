@@ -5,10 +5,9 @@ The approval event starts it, maybe more than once for one approval, so every st
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
-from pipelines import sdk
+from pipelines import deployment, sdk
 from pipelines.sdk import Builder, output_uri
 from pipelines.settings import Settings
 
@@ -20,9 +19,9 @@ def get_pipeline(settings: Settings) -> sdk.CanonicalPipeline:
     """The pipeline of an environment. Makes no AWS call."""
     build = Builder(settings, "production")
     package = verify_package(build)
-    deployment = deploy_production(build, package)
-    record = record_promotion(build, package, deployment)
-    return build.pipeline(settings.names.production_pipeline, [package, deployment, record])
+    deployed = deploy_production(build, package)
+    record = record_promotion(build, package, deployed)
+    return build.pipeline(settings.names.production_pipeline, [package, deployed, record])
 
 
 def verify_package(build: Builder) -> ProcessingStep:
@@ -40,12 +39,12 @@ def verify_package(build: Builder) -> ProcessingStep:
 
 
 def deploy_production(build: Builder, package: ProcessingStep) -> ProcessingStep:
-    """Canary update with alarms; the service's own Endpoint step has no DeploymentConfig."""
+    """Update in steps with alarms; the service's own Endpoint step has no DeploymentConfig."""
     settings = build.settings
     return build.job(
         "DeployProduction",
         "deploy_production",
-        description="Move production to the approved version, canary first",
+        description="Move production to the approved version, step by step",
         arguments={
             "--model-package-arn": build.p.ModelPackageArn,
             "--endpoint-name": build.p.ProductionEndpointName,
@@ -53,26 +52,14 @@ def deploy_production(build: Builder, package: ProcessingStep) -> ProcessingStep
             "--instance-count": build.p.EndpointInstanceCount,
             "--role-arn": settings.role_of("endpoint"),
         },
-        repeated={"--deployment": deployment_parts(settings)},
+        repeated={"--deployment": deployment.parts(settings)},
         inputs={"package": output_uri(package, "package")},
         outputs=("deployment",),
+        timeout_minutes=deployment.job_minutes(settings),
     )
 
 
-def deployment_parts(settings: Settings) -> list[str]:
-    """The values of --deployment: JSON objects, in parts because one argument holds 256 characters."""
-    parts = [
-        settings.deployment.model_dump(exclude_none=True),
-        settings.endpoint.model_dump(exclude_none=True, exclude={"kernel_delivery"}),
-    ]
-    if settings.network:
-        parts.append({"network": settings.network.model_dump(include={"subnets", "security_group_ids"})})
-    if settings.kms_key:
-        parts.append({"kms_key": settings.kms_key})
-    return [json.dumps(part, separators=(",", ":")) for part in parts]
-
-
-def record_promotion(build: Builder, package: ProcessingStep, deployment: ProcessingStep) -> ProcessingStep:
+def record_promotion(build: Builder, package: ProcessingStep, deployed: ProcessingStep) -> ProcessingStep:
     """Sets the alias `production` on the MLflow version that is live now."""
     return build.job(
         "RecordPromotion",
@@ -85,7 +72,7 @@ def record_promotion(build: Builder, package: ProcessingStep, deployment: Proces
         },
         inputs={
             "package": output_uri(package, "package"),
-            "deployment": output_uri(deployment, "deployment"),
+            "deployment": output_uri(deployed, "deployment"),
         },
         outputs=("record",),
         mlflow=True,

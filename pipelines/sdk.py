@@ -173,6 +173,7 @@ class Builder:
         mlflow: bool = False,
         cache: bool = False,
         depends_on: Sequence[Step] = (),
+        timeout_minutes: int | None = None,
     ) -> ProcessingStep:
         """A processing job that runs `python3 -m steps.<module>` in the job image.
 
@@ -183,6 +184,7 @@ class Builder:
             s3://<bucket>/<prefix>/executions/<execution>/<step>/<output>.
         property_files: name to (output, path in it), for `json_get`.
         mlflow: the job talks to MLflow; it gets the URIs and the ARN of the secret.
+        timeout_minutes: instead of `jobs.timeout_minutes`.
         """
         settings = self.settings
         variables = {**(settings.mlflow.variables() if mlflow else {}), **(environment or {})}
@@ -202,7 +204,7 @@ class Builder:
             # rerun may choose; those encrypt themselves, other machines' volumes take the service's key.
             volume_kms_key=None if instance_type else settings.kms_key,
             output_kms_key=settings.kms_key,
-            max_runtime_in_seconds=60 * settings.jobs.timeout_minutes,
+            max_runtime_in_seconds=60 * (timeout_minutes or settings.jobs.timeout_minutes),
             env=variables or None,
             network_config=network,
             sagemaker_session=self.session,

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
 
-from pipelines import parameters, schedule
+from pipelines import deployment, parameters, schedule
+from pipelines.deployment import Deployment
 from pipelines.errors import UserError, choose
+from pipelines.strict import Strict, Text
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 NAME = r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*$"  # SageMaker's EntityName
@@ -34,24 +36,18 @@ ROLES = (
 
 # An execution's id and a dash are appended to a pipeline's name, and SageMaker takes 63 characters.
 Name = Annotated[str, StringConstraints(pattern=NAME, max_length=48)]
-Text = Annotated[str, StringConstraints(min_length=1)]
 RoleArn = Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")]
-Seconds = Annotated[int, Field(ge=0)]
 Schedule = Annotated[str, AfterValidator(schedule.check)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Images(_Strict):
+class Images(Strict):
     """Container images of container/Dockerfile: `job` runs the steps, `serve` runs the endpoint."""
 
     job: Text
     serve: Text
 
 
-class Network(_Strict):
+class Network(Strict):
     """VPC of jobs and endpoints."""
 
     subnets: tuple[Text, ...]
@@ -59,7 +55,7 @@ class Network(_Strict):
     encrypt_traffic: bool = True
 
 
-class Mlflow(_Strict):
+class Mlflow(Strict):
     """Where the models come from."""
 
     tracking_uri: Text
@@ -79,7 +75,7 @@ class Mlflow(_Strict):
         return {name: value for name, value in variables.items() if value}
 
 
-class Names(_Strict):
+class Names(Strict):
     """Names of the resources that outlive an execution."""
 
     release_pipeline: Name
@@ -88,7 +84,7 @@ class Names(_Strict):
     approval_rule: Name
 
 
-class Jobs(_Strict):
+class Jobs(Strict):
     """Processing jobs."""
 
     control_instance_type: Text
@@ -96,7 +92,7 @@ class Jobs(_Strict):
     timeout_minutes: Annotated[int, Field(ge=1, le=7200)]
 
 
-class Endpoint(_Strict):
+class Endpoint(Strict):
     """Staging and production endpoints."""
 
     startup_timeout_seconds: Annotated[int, Field(ge=60, le=3600)]
@@ -105,24 +101,14 @@ class Endpoint(_Strict):
     kernel_delivery: Literal["data_source", "download"]  # mounted by SageMaker, or fetched by the server
 
 
-class Deployment(_Strict):
-    """Canary update of the production endpoint; the limits are UpdateEndpoint's."""
-
-    canary_percent: Annotated[int, Field(ge=1, le=50)]
-    bake_seconds: Annotated[int, Field(ge=0, le=3600)]
-    termination_wait_seconds: Annotated[int, Field(ge=0, le=3600)]
-    timeout_seconds: Annotated[int, Field(ge=600, le=28800)]
-    alarms: tuple[Text, ...] = Field(default=(), max_length=10)
-
-
-class Cache(_Strict):
+class Cache(Strict):
     """Reuse of the CompileKernel step of an earlier execution."""
 
     enabled: bool
     expire_after: Annotated[str, StringConstraints(pattern=r"^P(\d+[YMWD])*(T(\d+[HMS])+)?$")]
 
 
-class Triggers(_Strict):
+class Triggers(Strict):
     """What starts a release without a person; times are UTC.
 
     schedule: a release, whether or not anything is new; `upsert` sets the rule.
@@ -135,14 +121,14 @@ class Triggers(_Strict):
     webhook: bool = False
 
 
-class Defaults(_Strict):
+class Defaults(Strict):
     """Defaults of the pipeline parameters (pipelines/parameters.py)."""
 
     release: Mapping[str, str | int | float]
     production: Mapping[str, str | int | float]
 
 
-class Settings(_Strict):
+class Settings(Strict):
     """Everything an environment decides. `environment` is the file's name, not a key of it."""
 
     environment: str
@@ -204,6 +190,11 @@ class Settings(_Strict):
             if name not in ROLES:
                 where = _origin(layers, "roles", name)
                 raise UserError(f"unknown key 'roles.{name}'", where, choose(name, ROLES))
+        instances = int(checked["production"]["EndpointInstanceCount"])
+        if found := deployment.problem(settings.deployment, instances):
+            key, value, why = found
+            where = _origin(layers, "deployment", *key.split("."))
+            raise UserError(f"deployment.{key} = {value!r} does not fit", where, why)
         return settings.model_copy(update={"parameters": Defaults(**checked)})
 
 
@@ -269,6 +260,5 @@ def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]], e
     where = _origin(layers, *path)
     if first["type"] == "missing":
         return UserError(f"key '{key}' is missing", where, f"add it to config/{environment}.yaml")
-    return UserError(
-        f"{key} = {first['input']!r} is wrong", where, first["msg"][0].lower() + first["msg"][1:]
-    )
+    words = first["msg"].removeprefix("Value error, ")
+    return UserError(f"{key} = {first['input']!r} is wrong", where, words[0].lower() + words[1:])

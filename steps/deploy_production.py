@@ -2,8 +2,9 @@
 
     model    created from the package's ARN        name <- ARN, role, network
     config   one variant on that model             name <- model, instances, variant settings, key
-    endpoint created the first time, else UpdateEndpoint with a blue/green policy and rollback alarms
+    endpoint created the first time, else UpdateEndpoint in steps (deployment.py) with rollback alarms
     proof    the live EndpointConfigName is the one asked for
+    scaling  of the instances, when configured: off before an update, on after it
 
 Names are derived from what they name, so the step is idempotent: AWS sends several events for one approval,
 and the second run finds everything in place. The proof is needed because a rolled-back update ends InService,
@@ -21,8 +22,9 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from steps import aws, model_package
-from steps.deployment import Deployment, Endpoint, wait_until_settled
+from steps import aws, deploy_scaling, model_package
+from steps.deployed_endpoint import Endpoint, wait_until_settled
+from steps.deployment import Deployment
 from steps.job import Job, StepError, log, run
 
 VARIANT = "AllTraffic"
@@ -39,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance-count", type=int, required=True)
     parser.add_argument("--role-arn", required=True, help="execution role of the model")
     parser.add_argument(
-        "--deployment", action="append", default=[], help="JSON object; may be repeated; see Deployment"
+        "--deployment", action="append", default=[], help="JSON object; may be repeated; see deployment.py"
     )
 
 
@@ -59,8 +61,14 @@ def main(job: Job) -> None:
     model_package.describe(sagemaker, arn).require_approved()
     model = ensure_model(sagemaker, arn, args.role_arn, deployment)
     config = ensure_endpoint_config(sagemaker, model, args.instance_type, args.instance_count, deployment)
-    action, previous = move_endpoint(sagemaker, args.endpoint_name, config, arn, deployment)
-    live = verify_live(sagemaker, args.endpoint_name, config)
+    try:
+        action, previous = move_endpoint(sagemaker, args.endpoint_name, config, arn, deployment)
+        live = verify_live(sagemaker, args.endpoint_name, config)
+    except StepError:
+        scale_again(args.endpoint_name, deployment)
+        raise
+    if deployment.scaling:
+        deploy_scaling.start(live.name, VARIANT, deployment.scaling)
     log.info("%s serves %s (%s) through %s", live.name, arn, action, config)
     job.write_json(
         "deployment",
@@ -115,13 +123,13 @@ def ensure_endpoint_config(
     if deployment.kms_key and own_disk:
         log.info("the disk of %s is encrypted by the instance itself: no key is asked for", instance_type)
     encryption = {"KmsKeyId": deployment.kms_key} if deployment.kms_key and not own_disk else {}
-    name = derived_name(model.rpartition("-")[0], json.dumps([variant, encryption], sort_keys=True))
+    request = {"ProductionVariants": [variant], **deployment.data_capture(), **encryption}
+    name = derived_name(model.rpartition("-")[0], json.dumps(request, sort_keys=True))
     _create(
         sagemaker.create_endpoint_config,
         f"endpoint configuration {name}",
         EndpointConfigName=name,
-        ProductionVariants=[variant],
-        **encryption,
+        **request,
     )
     return name
 
@@ -141,7 +149,10 @@ def move_endpoint(
         endpoint = Endpoint.find(sagemaker, name)
         if endpoint and endpoint.moving:
             log.info("%s is %s already: waiting for that to end first", name, endpoint.status)
-            endpoint = wait_until_settled(sagemaker, name, timeout)
+            ours, endpoint = endpoint.pending == config, wait_until_settled(sagemaker, name, timeout)
+            if ours and endpoint and endpoint.config != config:
+                # A duplicate event, or this job before it was killed, asked for this: once is enough.
+                return "updated", endpoint.config
         if endpoint:
             endpoint.require_updatable()
             if endpoint.config == config:
@@ -152,9 +163,9 @@ def move_endpoint(
         try:
             if endpoint:
                 log.info("updating %s from %s to %s: %s", name, endpoint.config, config, deployment)
-                sagemaker.update_endpoint(
-                    EndpointName=name, EndpointConfigName=config, DeploymentConfig=deployment.config()
-                )
+                if deployment.scaling:
+                    deploy_scaling.stop(name, VARIANT)
+                sagemaker.update_endpoint(EndpointName=name, EndpointConfigName=config, **deployment.update())
             else:
                 log.info("creating endpoint %s with %s", name, config)
                 sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=config)
@@ -197,6 +208,15 @@ def verify_live(sagemaker: Any, name: str, config: str) -> Endpoint:
         f"Endpoint '{name}' is {live.status} after its deployment: {reason}.",
         f"Read the log group /aws/sagemaker/Endpoints/{name}.",
     )
+
+
+def scale_again(name: str, deployment: Deployment) -> None:
+    """After a failed update the old version serves on and scales; its failure must not be hidden by ours."""
+    if deployment.scaling:
+        try:
+            deploy_scaling.start(name, VARIANT, deployment.scaling)
+        except StepError as error:
+            log.warning("%s does not scale: %s", name, error)
 
 
 def derived_name(prefix: str, *content: str) -> str:

@@ -1,53 +1,67 @@
-"""How an endpoint changes: the deployment policy, and the endpoint followed while it moves."""
+"""How production changes: the values of --deployment as requests of the API."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from botocore.exceptions import ClientError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from steps import aws
-from steps.job import StepError, log
-
-MOVING = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
-FIRST_POLL_SECONDS, SLOWEST_POLL_SECONDS = 0.5, 15.0
+from steps.job import StepError
 
 
-class Network(BaseModel):
-    """The VPC of the endpoint's containers."""
-
-    model_config = ConfigDict(frozen=True)  # the configuration's section holds settings of jobs too
-
-    subnets: tuple[str, ...]
-    security_group_ids: tuple[str, ...]
-
-
-class Deployment(BaseModel):
-    """How production changes, and what its containers get. Ranges are the API's."""
+class _Part(BaseModel):
+    """Read from --deployment. Ranges are checked where a person writes them, by pipelines/deployment.py."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    strategy: Literal["canary", "linear", "all_at_once"] = "canary"
-    canary_percent: int = Field(default=10, ge=1, le=50)
-    linear_percent: int = Field(default=25, ge=10, le=50)
-    bake_seconds: int = Field(default=300, ge=0, le=3600)  # watched after every shift of traffic
-    termination_wait_seconds: int = Field(default=0, ge=0, le=3600)
-    timeout_seconds: int = Field(default=3600, ge=600, le=28800)
-    alarms: tuple[str, ...] = Field(default=(), max_length=10)
-    startup_timeout_seconds: int | None = Field(default=None, ge=60, le=3600)
-    download_timeout_seconds: int | None = Field(default=None, ge=60, le=3600)
+
+class Capture(_Part):
+    """Requests and answers that are kept: a share of them, below `uri`."""
+
+    percent: int
+    mode: Literal["Input", "Output", "InputAndOutput"]
+    uri: str
+
+
+class Scaling(_Part):
+    """Application Auto Scaling of the instances; the target is invocations a minute of one instance."""
+
+    min_instances: int
+    max_instances: int
+    invocations_per_minute: float
+    scale_in_seconds: int
+
+
+class Deployment(_Part):
+    """How production changes, and what its containers get."""
+
+    strategy: Literal["canary", "linear", "rolling", "all_at_once"]
+    step_size: str = ""  # "10%" of the fleet, or a number of instances
+    rollback_size: str | None = None
+    bake_seconds: int  # watched after every step
+    termination_wait_seconds: int = 0
+    timeout_seconds: int
+    alarms: tuple[str, ...] = ()
+    startup_timeout_seconds: int | None = None
+    download_timeout_seconds: int | None = None
     inference_ami: str | None = None
-    network: Network | None = None
+    subnets: tuple[str, ...] = ()
+    security_group_ids: tuple[str, ...] = ()
     kms_key: str | None = None
+    capture: Capture | None = None
+    scaling: Scaling | None = None
+
+    @model_validator(mode="after")
+    def _has_a_size(self) -> Deployment:
+        if self.strategy != "all_at_once" and not self.step_size:
+            raise ValueError(f"strategy {self.strategy} needs a step_size")
+        return self
 
     @classmethod
     def parse(cls, parts: Sequence[str]) -> Deployment:
-        """Read the values of --deployment: JSON objects, each with some of the keys.
+        """Read the values of --deployment: JSON objects, each with some of the keys; lists are joined.
 
         It comes in parts because SageMaker takes at most 256 characters in one argument.
         Raises StepError naming the key that is wrong.
@@ -56,8 +70,11 @@ class Deployment(BaseModel):
         merged: dict[str, Any] = {}
         for part in parts:
             try:
-                merged |= json.loads(part)
-            except (ValueError, TypeError) as error:
+                found = json.loads(part)
+                for key, value in found.items():
+                    joined = isinstance(value, list) and isinstance(merged.get(key), list)
+                    merged[key] = merged[key] + value if joined else value
+            except (ValueError, AttributeError) as error:
                 raise StepError(f"--deployment is no JSON object ({error}): {part!r}.", fix) from error
         try:
             return cls.model_validate(merged)
@@ -68,35 +85,54 @@ class Deployment(BaseModel):
 
     def config(self) -> dict[str, Any]:
         """UpdateEndpoint's DeploymentConfig."""
+        config = self._rolling() if self.strategy == "rolling" else self._blue_green()
+        if self.alarms:
+            config["AutoRollbackConfiguration"] = {"Alarms": [{"AlarmName": name} for name in self.alarms]}
+        return config
+
+    def _rolling(self) -> dict[str, Any]:
+        policy: dict[str, Any] = {
+            "MaximumBatchSize": _capacity(self.step_size),
+            "WaitIntervalInSeconds": self.bake_seconds,
+            "MaximumExecutionTimeoutInSeconds": self.timeout_seconds,
+        }
+        if self.rollback_size:
+            policy["RollbackMaximumBatchSize"] = _capacity(self.rollback_size)
+        return {"RollingUpdatePolicy": policy}
+
+    def _blue_green(self) -> dict[str, Any]:
         routing: dict[str, Any] = {
             "Type": self.strategy.upper(),
             "WaitIntervalInSeconds": self.bake_seconds,
         }
-        if self.strategy == "canary":
-            routing["CanarySize"] = {"Type": "CAPACITY_PERCENT", "Value": self.canary_percent}
-        elif self.strategy == "linear":
-            routing["LinearStepSize"] = {"Type": "CAPACITY_PERCENT", "Value": self.linear_percent}
-        config: dict[str, Any] = {
+        if member := {"canary": "CanarySize", "linear": "LinearStepSize"}.get(self.strategy):
+            routing[member] = _capacity(self.step_size)
+        return {
             "BlueGreenUpdatePolicy": {
                 "TrafficRoutingConfiguration": routing,
                 "TerminationWaitInSeconds": self.termination_wait_seconds,
                 "MaximumExecutionTimeoutInSeconds": self.timeout_seconds,
             }
         }
-        if self.alarms:
-            config["AutoRollbackConfiguration"] = {"Alarms": [{"AlarmName": name} for name in self.alarms]}
-        return config
+
+    def update(self) -> dict[str, Any]:
+        """UpdateEndpoint's arguments besides the names; scaled instances stay as many as they are."""
+        if not self.scaling:
+            return {"DeploymentConfig": self.config()}
+        # Everything that can be retained is named here, except DesiredInstanceCount.
+        excluded = [{"VariantPropertyType": kind} for kind in ("DesiredWeight", "DataCaptureConfig")]
+        return {
+            "DeploymentConfig": self.config(),
+            "RetainAllVariantProperties": True,
+            "ExcludeRetainedVariantProperties": excluded,
+        }
 
     def vpc(self) -> dict[str, Any]:
         """CreateModel's VpcConfig as a keyword argument; nothing outside a VPC."""
-        if not self.network:
+        if not self.subnets:
             return {}
-        return {
-            "VpcConfig": {
-                "Subnets": list(self.network.subnets),
-                "SecurityGroupIds": list(self.network.security_group_ids),
-            }
-        }
+        groups = list(self.security_group_ids)
+        return {"VpcConfig": {"Subnets": list(self.subnets), "SecurityGroupIds": groups}}
 
     def variant(self) -> dict[str, Any]:
         """The fields of the ProductionVariant that are set."""
@@ -107,100 +143,27 @@ class Deployment(BaseModel):
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    def __str__(self) -> str:
-        size = {
-            "canary": f" {self.canary_percent} %",
-            "linear": f" {self.linear_percent} %",
-            "all_at_once": "",
+    def data_capture(self) -> dict[str, Any]:
+        """CreateEndpointConfig's DataCaptureConfig as a keyword argument; nothing without capture."""
+        if not self.capture:
+            return {}
+        modes = ["Input", "Output"] if self.capture.mode == "InputAndOutput" else [self.capture.mode]
+        return {
+            "DataCaptureConfig": {
+                "EnableCapture": True,
+                "InitialSamplingPercentage": self.capture.percent,
+                "DestinationS3Uri": self.capture.uri,
+                "CaptureOptions": [{"CaptureMode": mode} for mode in modes],
+                "CaptureContentTypeHeader": {"JsonContentTypes": ["application/json"]},
+                **({"KmsKeyId": self.kms_key} if self.kms_key else {}),
+            }
         }
+
+    def __str__(self) -> str:
         watch = f"rollback on {', '.join(self.alarms)}" if self.alarms else "no rollback alarms"
-        return f"{self.strategy}{size[self.strategy]}, baking {self.bake_seconds} s, {watch}"
+        return f"{self.strategy} {self.step_size}, baking {self.bake_seconds} s, {watch}"
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """An endpoint as DescribeEndpoint shows it at one moment."""
-
-    name: str
-    arn: str
-    status: str
-    config: str | None
-    failure: str
-    progress: str
-
-    @classmethod
-    def find(cls, sagemaker: Any, name: str) -> Endpoint | None:
-        """The endpoint, or None when there is none of that name."""
-        try:
-            answer = sagemaker.describe_endpoint(EndpointName=name)
-        except ClientError as error:
-            if aws.is_missing(error):
-                return None
-            raise StepError(f"Reading endpoint '{name}' failed: {error}", "Check the job's role.") from error
-        return cls(
-            name=name,
-            arn=answer["EndpointArn"],
-            status=answer["EndpointStatus"],
-            config=answer.get("EndpointConfigName"),
-            failure=answer.get("FailureReason", ""),
-            progress=_progress(answer),
-        )
-
-    @property
-    def moving(self) -> bool:
-        """Whether the service is changing it, so that it takes no update."""
-        return self.status in MOVING
-
-    def require_updatable(self) -> None:
-        """Raise StepError when the service would refuse an update in this state for good."""
-        if self.status != "InService":
-            raise StepError(
-                f"Endpoint '{self.name}' is {self.status} and takes no update: "
-                f"{self.failure or 'no reason given'}.",
-                "Delete it (aws sagemaker delete-endpoint) and start the pipeline again: it creates it anew.",
-            )
-
-
-def wait_until_settled(sagemaker: Any, name: str, timeout: float) -> Endpoint | None:
-    """Follow the endpoint until it stops moving, with a log line at every change.
-
-    Returns:
-        the settled endpoint; None when it was being deleted and is gone.
-    Raises:
-        StepError: it still moved after `timeout` seconds.
-    """
-    deadline, poll, shown = time.monotonic() + timeout, FIRST_POLL_SECONDS, ""
-    while True:
-        endpoint = Endpoint.find(sagemaker, name)
-        if endpoint and endpoint.progress != shown:
-            shown = endpoint.progress
-            log.info("%s: %s", name, shown)
-        if not endpoint or not endpoint.moving:
-            return endpoint
-        if time.monotonic() > deadline:
-            raise StepError(
-                f"Endpoint '{name}' is still {endpoint.status} after {timeout:.0f} s.",
-                "The service goes on with it: look at the endpoint, then start the pipeline again, "
-                "which waits for an update in progress.",
-            )
-        time.sleep(poll)
-        poll = min(poll * 1.3, SLOWEST_POLL_SECONDS)
-
-
-def _progress(answer: dict[str, Any]) -> str:
-    """One line: status, and per variant its instances, traffic weight and state, old and new."""
-    parts = [answer["EndpointStatus"]]
-    pending = answer.get("PendingDeploymentSummary", {})
-    for side, variants in (
-        ("live", answer.get("ProductionVariants", [])),
-        ("new", pending.get("ProductionVariants", [])),
-    ):
-        for variant in variants:
-            states = [
-                state.get("StatusMessage") or state["Status"] for state in variant.get("VariantStatus", [])
-            ]
-            parts.append(
-                f"{side} {variant['VariantName']}: {variant.get('CurrentInstanceCount', 0)} instances, "
-                f"weight {variant.get('CurrentWeight', 0):g}" + (f" ({'; '.join(states)})" if states else "")
-            )
-    return " | ".join(parts)
+def _capacity(size: str) -> dict[str, Any]:
+    kind = "CAPACITY_PERCENT" if size.endswith("%") else "INSTANCE_COUNT"
+    return {"Type": kind, "Value": int(size.rstrip("%"))}

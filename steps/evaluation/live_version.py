@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 
 from kernels.package import file_sha256
 from steps import aws, model_package
-from steps.deployment import Endpoint
+from steps.deployed_endpoint import Endpoint
 from steps.job import StepError, log
 from steps.model_package import ModelPackage
 from steps.registry.paths import check_paths

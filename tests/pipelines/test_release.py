@@ -165,12 +165,10 @@ def test_network_and_key_reach_the_production_endpoint() -> None:
     parts = [value for option, value in itertools.pairwise(arguments) if option == "--deployment"]
     assert all(len(part) <= 256 for part in parts)
     deployment = Deployment.parse(parts)
-    assert deployment.network
-    assert deployment.network.subnets == settings.network.subnets
-    assert deployment.network.security_group_ids == settings.network.security_group_ids
+    assert deployment.subnets == settings.network.subnets
+    assert deployment.security_group_ids == settings.network.security_group_ids
     assert deployment.kms_key == settings.kms_key
     assert deployment.alarms == settings.deployment.alarms
-    assert Deployment.parse(production.deployment_parts(Settings.load("local"))).network is None
 
 
 def test_each_step_can_have_a_role_of_its_own(settings: Settings) -> None:

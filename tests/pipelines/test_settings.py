@@ -49,7 +49,7 @@ def test_an_override_wins_and_settings_are_frozen() -> None:
             ["'roles.PulModel'", "did you mean 'PullModel'?"],
         ),
         ("environment", "x", ["unknown key 'environment'"]),
-        ("deployment.canary_percent", 90, ["deployment.canary_percent = 90", "less than or equal to 50"]),
+        ("deployment.bake_seconds", 9000, ["deployment.bake_seconds = 9000", "less than or equal to 3600"]),
         ("jobs.volume_gb", "many", ["jobs.volume_gb = 'many'", "valid integer"]),
         ("role", "mla-role", ["role = 'mla-role'", "arn:aws"]),
         ("names.release_pipeline", "under_score", ["names.release_pipeline = 'under_score'"]),

@@ -7,7 +7,8 @@ import boto3
 import pytest
 from botocore.stub import ANY, Stubber
 
-from steps import aws, deploy_production, deployment
+from steps import aws, deploy_production, deployed_endpoint
+from steps.deployment import Deployment
 from steps.job import StepError
 from tests.steps.support import StepRun
 
@@ -20,7 +21,15 @@ OPTIONS = {
     "instance_type": "ml.c7i.xlarge",
     "instance_count": 2,
     "role_arn": ROLE,
-    "deployment": json.dumps({"canary_percent": 50, "bake_seconds": 2, "alarms": ["mla-5xx"]}),
+    "deployment": json.dumps(
+        {
+            "strategy": "canary",
+            "step_size": "50%",
+            "bake_seconds": 2,
+            "timeout_seconds": 3600,
+            "alarms": ["mla-5xx"],
+        }
+    ),
 }
 MODEL = deploy_production.derived_name("mla-models-v3", ARN, ROLE, "{}")
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -32,7 +41,7 @@ def service(monkeypatch):
         "sagemaker", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
     )
     monkeypatch.setattr(aws, "client", lambda name: client)
-    monkeypatch.setattr(deployment, "FIRST_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(deployed_endpoint, "FIRST_POLL_SECONDS", 0.0)
     with Stubber(client) as stubber:
         yield Service(stubber)
         stubber.assert_no_pending_responses()
@@ -89,7 +98,9 @@ class Service:
             {"EndpointConfigName": ANY, "ProductionVariants": ANY},
         )
 
-    def endpoint(self, status: str, config: str, reason: str | None = None) -> None:
+    def endpoint(
+        self, status: str, config: str, reason: str | None = None, pending: str | None = None
+    ) -> None:
         answer = {
             "EndpointName": ENDPOINT,
             "EndpointArn": f"arn:aws:sagemaker:us-east-1:123456789012:endpoint/{ENDPOINT}",
@@ -98,7 +109,11 @@ class Service:
             "CreationTime": NOW,
             "LastModifiedTime": NOW,
         }
-        self.stubber.add_response("describe_endpoint", answer | ({"FailureReason": reason} if reason else {}))
+        if reason:
+            answer["FailureReason"] = reason
+        if pending:
+            answer["PendingDeploymentSummary"] = {"EndpointConfigName": pending}
+        self.stubber.add_response("describe_endpoint", answer)
 
     def no_endpoint(self) -> None:
         self.refuse("describe_endpoint", f'Could not find endpoint "{ENDPOINT}".')
@@ -148,7 +163,9 @@ def wanted_config() -> str:
         "InitialInstanceCount": 2,
         "InitialVariantWeight": 1.0,
     }
-    return deploy_production.derived_name("mla-models-v3", json.dumps([variant, {}], sort_keys=True))
+    return deploy_production.derived_name(
+        "mla-models-v3", json.dumps({"ProductionVariants": [variant]}, sort_keys=True)
+    )
 
 
 def deploy(tmp_path) -> dict:
@@ -227,6 +244,18 @@ def test_a_silent_rollback_is_a_failure_with_the_services_reason(service, tmp_pa
         deploy(tmp_path)
 
 
+def test_a_rollback_of_the_same_update_by_another_execution_is_not_repeated(service, tmp_path):
+    """A duplicate event waits for the first one's update; an alarm undid it, and would again."""
+    service.package()
+    service.model_and_config(exist=True)
+    service.endpoint("Updating", "old-config", pending=wanted_config())
+    service.endpoint("RollingBack", "old-config", pending=wanted_config())
+    service.endpoint("InService", "old-config", reason="alarm mla-5xx went off")
+    service.endpoint("InService", "old-config", reason="alarm mla-5xx went off")
+    with pytest.raises(StepError, match=r"rolled back: it serves old-config"):
+        deploy(tmp_path)
+
+
 def test_a_failed_creation_gives_the_services_reason(service, tmp_path):
     service.package()
     service.model_and_config()
@@ -270,38 +299,6 @@ def test_another_package_than_the_verified_one_is_refused(service, tmp_path):
         run.start(**OPTIONS)
 
 
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [
-        ('{"canary": 1}', "canary"),
-        ('{"canary_percent": 90}', "canary_percent"),
-        ("[1]", "no JSON object"),
-        ("{", "no JSON object"),
-    ],
-)
-def test_a_wrong_deployment_option_names_the_key(text, key):
-    with pytest.raises(StepError, match=key):
-        deployment.Deployment.parse([text])
-
-
-def test_parts_of_the_option_are_merged_and_reach_the_requests():
-    policy = deployment.Deployment.parse(
-        [
-            '{"strategy": "linear", "linear_percent": 20}',
-            '{"inference_ami": "ami", "startup_timeout_seconds": 900}',
-            '{"network": {"subnets": ["s-1"], "security_group_ids": ["g-1"], "encrypt_traffic": true}}',
-        ]
-    )
-    routing = policy.config()["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]
-    assert routing["LinearStepSize"] == {"Type": "CAPACITY_PERCENT", "Value": 20}
-    assert "AutoRollbackConfiguration" not in policy.config()
-    assert policy.variant() == {
-        "InferenceAmiVersion": "ami",
-        "ContainerStartupHealthCheckTimeoutInSeconds": 900,
-    }
-    assert policy.vpc() == {"VpcConfig": {"Subnets": ["s-1"], "SecurityGroupIds": ["g-1"]}}
-
-
 def test_derived_names_depend_on_all_content_and_fit():
     names = {
         deploy_production.derived_name("m" * 80, "a", "b"),
@@ -313,7 +310,12 @@ def test_derived_names_depend_on_all_content_and_fit():
 
 @pytest.mark.parametrize(("instance", "asked"), [("ml.c7i.xlarge", True), ("ml.p5.4xlarge", False)])
 def test_a_key_is_asked_for_only_where_the_service_takes_one(service, instance, asked):
-    policy = deployment.Deployment(kms_key="arn:aws:kms:us-east-1:123456789012:key/k")
+    policy = Deployment(
+        strategy="all_at_once",
+        bake_seconds=0,
+        timeout_seconds=600,
+        kms_key="arn:aws:kms:us-east-1:123456789012:key/k",
+    )
     request = {"EndpointConfigName": ANY, "ProductionVariants": ANY}
     service.stubber.add_response(
         "create_endpoint_config",

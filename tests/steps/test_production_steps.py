@@ -111,7 +111,15 @@ def promote(account: Account, arn: str, root: Path) -> dict:
         instance_type="ml.c7i.xlarge",
         instance_count=1,
         role_arn=account.role,
-        deployment=json.dumps({"canary_percent": 50, "bake_seconds": 0, "startup_timeout_seconds": 60}),
+        deployment=json.dumps(
+            {
+                "strategy": "canary",
+                "step_size": "50%",
+                "bake_seconds": 0,
+                "timeout_seconds": 600,
+                "startup_timeout_seconds": 60,
+            }
+        ),
     )
     return deploy.json("deployment", "deployment.json")
 

@@ -20,12 +20,15 @@ from steps import aws
 from steps.deploy_production import ensure_endpoint_config, ensure_model, move_endpoint
 from steps.deployment import Deployment
 
-arn, name, role = sys.argv[1:]
-sagemaker, how = aws.client("sagemaker"), Deployment.parse(['{"strategy": "all_at_once", "bake_seconds": 0}'])
+arn, name, role = sys.argv[1:4]
+sagemaker, how = aws.client("sagemaker"), Deployment.parse(sys.argv[4:])
 model = ensure_model(sagemaker, arn, role, how)
 config = ensure_endpoint_config(sagemaker, model, "ml.c7i.xlarge", 1, how)
 move_endpoint(sagemaker, name, config, arn, how)
 """
+
+
+AT_ONCE = '{"strategy": "all_at_once", "bake_seconds": 0, "timeout_seconds": 600}'
 
 
 @dataclass
@@ -70,7 +73,7 @@ def world(aws: Aws) -> Iterator[World]:
             },
         )
         made = World(aws, Clients(REGION), settings, register(aws))
-        step = aws.script("Deploy", DEPLOY, {"Get": "Parameters.ModelPackageArn"}, NAME, aws.role)
+        step = aws.script("Deploy", DEPLOY, {"Get": "Parameters.ModelPackageArn"}, NAME, aws.role, AT_ONCE)
         aws.create(NAME, [step], [{"Name": "ModelPackageArn", "Type": "String"}])
         aws.client("cloudwatch").put_metric_alarm(
             AlarmName=f"{NAME}-5xx",
