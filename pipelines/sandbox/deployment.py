@@ -1,4 +1,4 @@
-"""An endpoint update: new fleet up, traffic moved in steps, alarms watched, old fleet away or all back."""
+"""An endpoint update: new instances up, traffic moved in steps, alarms watched, old ones away or all back."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class Plan:
 
     Attributes:
         shares: the new fleet's share of the traffic after each shift, the last is 1.
+        rolling: instances move with the traffic; otherwise both fleets are whole until the end.
+        way_back: the share that moves at once when a rolling update is undone.
         bake_s: how long alarms are watched after each shift.
         termination_wait_s: how long the old fleet is kept after the last.
         timeout_s: the whole update may take this long.
@@ -30,6 +32,17 @@ class Plan:
     termination_wait_s: float = 0.0
     timeout_s: float = 8 * 3600.0
     alarms: tuple[str, ...] = ()
+    rolling: bool = False
+    way_back: float = 1.0
+
+    def back_from(self, share: float) -> list[float]:
+        """The new fleet's shares while the update is undone, from ``share`` down to 0."""
+        shares = []
+        while share > 0:
+            share = max(0.0, share - self.way_back)
+            shares.append(share if share > 1e-9 else 0.0)
+            share = shares[-1]
+        return shares
 
 
 class RolledBack(Exception):
@@ -53,7 +66,10 @@ def plan(config: dict[str, Any] | None, instances: int, alarm_states: AlarmState
         policy = config["RollingUpdatePolicy"]
         step = _share(policy["MaximumBatchSize"], instances, "MaximumBatchSize", 0.05, 0.5)
         timeout = policy.get("MaximumExecutionTimeoutInSeconds", Plan.timeout_s)
-        return Plan(_staircase(step), policy["WaitIntervalInSeconds"], 0.0, timeout, alarms)
+        back = policy.get("RollbackMaximumBatchSize")
+        way_back = _share(back, instances, "RollbackMaximumBatchSize", 0.0, 1.0) if back else 1.0
+        wait = policy["WaitIntervalInSeconds"]
+        return Plan(_staircase(step), wait, 0.0, timeout, alarms, rolling=True, way_back=way_back)
     policy = config.get("BlueGreenUpdatePolicy")
     if policy is None:
         return Plan(alarms=alarms)

@@ -16,7 +16,7 @@ class Endpoint:
         record: as DescribeEndpoint answers it, without what the fleets add.
         fleet: serves; None until the first is healthy.
         pending: the new fleet during an update, with ``share`` of the traffic.
-        phase: what the pending fleet is doing: Creating, ActivatingTraffic or Baking.
+        phase: what the pending fleet is doing: Creating, ActivatingTraffic or Baking; `words` says more.
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ class Endpoint:
         self.fleet: Fleet | None = None
         self.pending: Fleet | None = None
         self.share = 0.0
-        self.phase = "Creating"
+        self.phase, self.words = "Creating", ""
         self.since = now()
         self.settled = threading.Event()
         self.cancelled = threading.Event()
@@ -34,6 +34,10 @@ class Endpoint:
     def status(self) -> str:
         """EndpointStatus."""
         return str(self.record["EndpointStatus"])
+
+    def now_doing(self, phase: str, words: str) -> None:
+        """Note what the pending fleet does from this moment on."""
+        self.phase, self.words, self.since = phase, words, now()
 
     def pick(self, variant: str | None) -> Variant:
         """The variant that answers the next request.
@@ -52,7 +56,7 @@ class Endpoint:
         """DescribeEndpoint's answer."""
         found = dict(self.record)
         if self.fleet:
-            found["ProductionVariants"] = [v.summary(None, self.since) for v in self.fleet.variants]
+            found["ProductionVariants"] = [v.summary(None, "", self.since) for v in self.fleet.variants]
             capture = self.fleet.config.get("DataCaptureConfig")
             if capture:
                 found["DataCaptureConfig"] = {
@@ -65,7 +69,9 @@ class Endpoint:
         if self.pending:
             found["PendingDeploymentSummary"] = {
                 "EndpointConfigName": self.pending.name,
-                "ProductionVariants": [v.summary(self.phase, self.since) for v in self.pending.variants],
+                "ProductionVariants": [
+                    v.summary(self.phase, self.words, self.since) for v in self.pending.variants
+                ],
                 "StartTime": self.since,
             }
         return found

@@ -96,6 +96,7 @@ class Endpoints:
             }
             endpoint = self._endpoints[name] = Endpoint(record)
             endpoint.pending = self._fleet(name, config)
+            endpoint.now_doing("Creating", f"Launching {endpoint.pending.instances} instance(s).")
         self._tags.set(self._arn(name), params.get("Tags", []))
         self._launch(self._bring_up, endpoint)
         return {"EndpointArn": self._arn(name)}
@@ -120,7 +121,10 @@ class Endpoints:
                 dropped = params.get("ExcludeRetainedVariantProperties", [])
                 endpoint.pending.retain(endpoint.fleet, {p["VariantPropertyType"] for p in dropped})
             endpoint.settled.clear()
-            endpoint.share, endpoint.phase, endpoint.since = 0.0, "Creating", now()
+            if how.rolling:
+                endpoint.pending.run(how.shares[0])
+            endpoint.share = 0.0
+            endpoint.now_doing("Creating", f"Launching {endpoint.pending.running} instance(s).")
             endpoint.record |= {"EndpointStatus": "Updating", "LastModifiedTime": now()}
             endpoint.record.pop("FailureReason", None)
             if wanted is not None:
@@ -161,18 +165,23 @@ class Endpoints:
             watch.check_alarms()  # before anything is started
             new.start(self._startup_s, endpoint.cancelled)
             for share in how.shares:
-                endpoint.phase, endpoint.since = "ActivatingTraffic", now()
-                endpoint.share = share
-                endpoint.phase = "Baking"
+                _shift(endpoint, how, share)
+                words = f"Baking for {how.bake_s:g} seconds with {share:.0%} of the traffic."
+                endpoint.now_doing("Baking", words)
                 watch.wait(how.bake_s)
             endpoint.cancelled.wait(how.termination_wait_s)
         except Exception as error:
             endpoint.record["EndpointStatus"] = "RollingBack"
+            self._changed(endpoint.describe())
+            for share in how.back_from(endpoint.share):
+                _shift(endpoint, how, share)
+            old.run(1.0)
             endpoint.share = 0.0
             new.stop()
             endpoint.pending = None
             self._settle(endpoint, "InService", _reason(error))
             return
+        new.run(1.0)
         endpoint.fleet, endpoint.pending, endpoint.share = new, None, 0.0
         endpoint.record["EndpointConfigName"] = new.name
         old.stop()
@@ -201,6 +210,7 @@ class Endpoints:
                     raise invalid(f"Endpoint {params['EndpointName']}: {error}.") from None
                 variant.weight = wanted.get("DesiredWeight", variant.weight)
                 variant.instances = wanted.get("DesiredInstanceCount", variant.instances)
+                variant.running = variant.instances
             endpoint.record["LastModifiedTime"] = now()
         return {"EndpointArn": endpoint.record["EndpointArn"]}
 
@@ -232,6 +242,18 @@ class Endpoints:
 
     def _arn(self, name: str) -> str:
         return self._account.arn(f"endpoint/{name}")
+
+
+def _shift(endpoint: Endpoint, how: Plan, share: float) -> None:
+    """Give the new fleet this share of the traffic, and in a rolling update of the instances."""
+    assert endpoint.fleet
+    assert endpoint.pending
+    if how.rolling:
+        endpoint.pending.run(share)
+        endpoint.fleet.run(1 - share)
+    endpoint.share = share
+    words = f"Activating traffic on {endpoint.pending.running} instance(s)."
+    endpoint.now_doing("ActivatingTraffic", words)
 
 
 def _trouble(fleet: Fleet) -> str | None:

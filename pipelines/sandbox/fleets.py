@@ -23,15 +23,16 @@ class Variant:
     image: str
     replica: Replica
     weight: float
-    instances: int
+    instances: int  # as wanted; `running` of them are up
+    running: int
 
     @property
     def name(self) -> str:
         """The variant's name."""
         return str(self.config["VariantName"])
 
-    def summary(self, status: str | None, since: float) -> dict[str, Any]:
-        """As DescribeEndpoint lists it; ``status`` is what it is doing, None when it just serves."""
+    def summary(self, status: str | None, words: str, since: float) -> dict[str, Any]:
+        """As DescribeEndpoint lists it; ``status`` is what it is doing, in ``words``, None when it serves."""
         found: dict[str, Any] = {
             "VariantName": self.name,
             "DeployedImages": [
@@ -39,11 +40,11 @@ class Variant:
             ],
             "CurrentWeight": self.weight,
             "DesiredWeight": self.weight,
-            "CurrentInstanceCount": self.instances,
+            "CurrentInstanceCount": self.running,
             "DesiredInstanceCount": self.instances,
         }
         if status:
-            found["VariantStatus"] = [{"Status": status, "StartTime": since}]
+            found["VariantStatus"] = [{"Status": status, "StatusMessage": words, "StartTime": since}]
         return found
 
 
@@ -69,7 +70,7 @@ class Fleet:
             replica = new_replica(variant, container)
             weight = float(variant.get("InitialVariantWeight", 1.0))
             instances = variant["InitialInstanceCount"]
-            self.variants.append(Variant(variant, container["Image"], replica, weight, instances))
+            self.variants.append(Variant(variant, container["Image"], replica, weight, instances, instances))
 
     @property
     def name(self) -> str:
@@ -81,6 +82,16 @@ class Fleet:
         """Instances of all variants."""
         return sum(v.instances for v in self.variants)
 
+    @property
+    def running(self) -> int:
+        """Instances of all variants that are up."""
+        return sum(v.running for v in self.variants)
+
+    def run(self, share: float) -> None:
+        """Have this share of each variant's instances up."""
+        for variant in self.variants:
+            variant.running = round(variant.instances * share)
+
     def retain(self, other: Fleet, dropped: set[str]) -> None:
         """Take over weights and instance counts of the other fleet's variants, but for the ``dropped``."""
         known = {v.name: v for v in other.variants}
@@ -88,7 +99,7 @@ class Fleet:
             if variant.name in known and "DesiredWeight" not in dropped:
                 variant.weight = known[variant.name].weight
             if variant.name in known and "DesiredInstanceCount" not in dropped:
-                variant.instances = known[variant.name].instances
+                variant.instances = variant.running = known[variant.name].instances
 
     def start(self, startup_s: float | None, cancelled: threading.Event) -> None:
         """Start every variant and wait until all are healthy.

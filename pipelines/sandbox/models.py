@@ -184,6 +184,8 @@ class EndpointConfigs:
         for member in ("InstanceType", "InitialInstanceCount"):
             if member not in variant:
                 raise invalid(f"{member} is required for production variant '{variant['VariantName']}'.")
+        if "ManagedInstanceScaling" in variant:  # the service's words beside a ModelName
+            raise invalid("ManagedInstanceScaling is only supported for inference component endpoints.")
         self._models.find(variant["ModelName"])
 
     def _list(self, params: dict[str, Any]) -> dict[str, Any]:

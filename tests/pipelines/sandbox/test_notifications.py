@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.config.template import WATCHING, Stack, load
 from tests.pipelines.sandbox.conftest import Aws
+from tests.pipelines.sandbox.test_endpoints import create, model, settle
 from tests.pipelines.sandbox.test_registry_and_events import package
 
 
@@ -64,6 +65,18 @@ def test_a_gate_says_its_own_words(aws: Aws, name: str) -> None:
     (step,) = (one for one in read(2) if one.startswith("Step"))
     assert step.startswith("Step GateFailed (Fail) failed at 2")
     assert words in step
+
+
+def test_a_rollback_is_told_while_it_happens_and_why_by_the_step(aws: Aws, name: str) -> None:
+    endpoint = f"{name}-production"
+    create(aws, endpoint, model(aws, f"{name}-1"))
+    aws.create(f"{name}-release", [aws.script("Good", "pass")])
+    read = mails(aws, name)
+    broken = model(aws, f"{name}-2", TOY_MODE="exit")
+    aws.sagemaker.update_endpoint(EndpointName=endpoint, EndpointConfigName=broken)
+    (mail,) = read(1)
+    assert mail.startswith(f"Endpoint {endpoint} is ROLLING_BACK (configuration {name}-1).")
+    assert settle(aws, endpoint)["EndpointConfigName"] == f"{name}-1"
 
 
 def test_success_and_other_pipelines_send_nothing(aws: Aws, name: str) -> None:
