@@ -1,4 +1,8 @@
-"""Time backends side by side on a workload's shapes, beside the torch baseline and the read limit."""
+"""Time backends side by side on a workload's shapes, beside the torch baseline and the read limit.
+
+With --peers the hopper target is timed beside FlashMLA and FlashAttention-3 instead, on the whole grid of
+kernels.grid or on a part of it.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,13 @@ from kernels.backends import Backend, available_backends, get_backend
 from kernels.machine import device_name
 from kernels.reference import compiled_absorbed, mla_decode_absorbed
 from kernels.timing import Timing, interleaved, one_call_us
+from kernels.versus import RESULTS, against_peers
 from kernels.workloads import Case, Inputs, make_inputs, parse_workload
 
 BASELINES = ("torch", "torch.compile")
 COLD_BYTES = 128 << 20  # more than the last-level cache of common servers and GPUs
 MAX_COPIES = 128
+WORKLOAD, HEADS = "interactive", "4,16,64,128"
 
 
 @dataclass(frozen=True)
@@ -173,36 +179,18 @@ def table(measurements: Sequence[Measurement]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m kernels.bench [--workload interactive] [--heads 4,16,128] [--out FILE]`."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
-    parser.add_argument("--workload", default="interactive", help="preset or batch x length [x queries], ...")
-    parser.add_argument("--heads", default="4,16,64,128", help="query heads, comma separated")
-    parser.add_argument(
-        "--backends", default="", help="names, comma separated; default: all that can be had here"
-    )
-    parser.add_argument("--kernel-dir", type=Path, help="kernel artifact; default: build into the cache")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument(
-        "--kv-dtype", choices=["bfloat16", "float16", "float32", "fp8_ds_mla"], help="default: --dtype"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case")
-    parser.add_argument("--threads", type=int, help="torch threads, which the cpu target uses too")
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="time torch.compile's baseline too",
-    )
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    options = parser.parse_args(arguments)
+    """`python -m kernels.bench [--workload interactive] [--heads 4,16,128] [--out FILE]`, or `--peers`."""
+    options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
     try:
-        cases = parse_workload(options.workload)
+        if options.peers:
+            return against_peers(options, HEADS)
+        cases = parse_workload(options.workload or WORKLOAD)
     except ValueError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device = torch.device(options.device)
     names = [name for name in options.backends.split(",") if name]
     if names:
         backends = {name: get_backend(name, options.kernel_dir) for name in names}
@@ -213,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kv_dtype = torch.uint8 if kv_name == "fp8_ds_mla" else getattr(torch, kv_name)
     limit = read_limit_gbps(device)
     results: list[Measurement] = []
-    for h_q in map(int, options.heads.split(",")):
+    for h_q in map(int, (options.heads or HEADS).split(",")):
         results += measure(
             backends, cases, h_q=h_q, q_dtype=getattr(torch, options.dtype), kv_dtype=kv_dtype, device=device,
             seconds_per_case=options.seconds, limit_gbps=limit, compile_baseline=options.compile,
@@ -227,6 +215,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
                   "measurements": [dataclasses.asdict(m) for m in results]}  # fmt: skip
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--workload", help=f"preset or batch x length [x queries], ...; default: {WORKLOAD}")
+    add("--heads", help=f"query heads, comma separated; default: {HEADS}")
+    add("--backends", default="", help="names, comma separated; default: all that can be had here")
+    add("--kernel-dir", type=Path, help="kernel artifact; default: build into the cache")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--kv-dtype", choices=["bfloat16", "float16", "float32", "fp8_ds_mla"], help="default: --dtype")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seconds", type=float, default=1.0, help="time for each case")
+    add("--threads", type=int, help="torch threads, which the cpu target uses too")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time torch.compile's baseline too",
+    )
+    add("--out", type=Path, help="write the measurements as JSON")
+    add = parser.add_argument_group("--peers").add_argument
+    add("--peers", action="store_true", help="the hopper target beside FlashMLA and FlashAttention-3")
+    add(
+        "--cases",
+        help='parts of names of the grid\'s cases, comma separated, such as "b4 s8192 q1 h16"; or markers',
+    )
+    add(
+        "--library",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a compiled library instead; repeatable",
+    )
+    add("--rounds", type=int, default=21, help="replays of every graph")
+    add(
+        "--results",
+        type=Path,
+        help=f"where to write the page; default: {RESULTS.name}, if all of it was measured",
+    )
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

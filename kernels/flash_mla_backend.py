@@ -72,9 +72,16 @@ class FlashMlaBackend:
         check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
         if reason := self.unsupported(Problem.of(q, k_cache, head_dim_v, causal)):
             raise ValueError(reason)
-        return self._run(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
+        schedule = self.schedule(q, cache_seqlens)
+        return self.run(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, schedule)
 
-    def _run(
+    def schedule(self, q: Tensor, cache_seqlens: Tensor) -> tuple[Any, ...]:
+        """What `run` takes for these shapes and lengths; releases that leave it empty fill it in there."""
+        if self._schedule_takes_lengths:
+            return tuple(self._module.get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2], 1))
+        return tuple(self._module.get_mla_metadata())
+
+    def run(
         self,
         q: Tensor,
         k_cache: Tensor,
@@ -83,11 +90,9 @@ class FlashMlaBackend:
         head_dim_v: int,
         softmax_scale: float,
         causal: bool,
+        schedule: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        if self._schedule_takes_lengths:
-            schedule = self._module.get_mla_metadata(cache_seqlens, q.shape[1] * q.shape[2], 1)
-        else:
-            schedule = self._module.get_mla_metadata()
+        """The call alone, with a schedule made for the same lengths; arguments are not checked."""
         options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, **self._legacy}
         out, lse = self._decode(q, k_cache, block_table, cache_seqlens, head_dim_v, *schedule, **options)
         return out, lse
@@ -103,7 +108,7 @@ class FlashMlaBackend:
             device=problem.device_type,
         )
         try:
-            self._run(*inputs.arguments())
+            self.run(*inputs.arguments(), self.schedule(inputs.q, inputs.cache_seqlens))
             if problem.device_type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a package of unknown origin raises, its text is the reason

@@ -1,99 +1,103 @@
-"""The public MLA decode kernels this package is measured against, behind one interface.
+"""The public MLA decode kernels that the hopper target is measured against, behind one interface.
 
-`flash_mla` is PyPI's `sgl-flash-mla` (FlashMLA's dense decode for Hopper, its legacy path), `fa3`
-PyPI's `fa3-fwd` (FlashAttention-3 with `qv`). Both are optional: `unavailable` says why one cannot
-be used. `prepare` does outside of the timed call what a serving engine can do once for all layers
-of a step, the tile schedule; `fresh_schedule=True` puts it into the call, as happens when the
-lengths have changed.
+`flash_mla` is PyPI's `sgl-flash-mla` (FlashMLA's dense decode for Hopper, its legacy path), `fa3` PyPI's
+`fa3-fwd` (FlashAttention-3 with `qv`). Both are optional: `unavailable` says why one cannot be used.
+
+Both plan their work over the multiprocessors from the lengths. A step of a serving engine can do that once
+for all layers: `prepare` then leaves the plan out of the call. With `fresh_schedule` it is a part of the
+call, as ours is: FlashMLA makes its metadata in a kernel before the decode, FlashAttention-3 does without
+scheduler metadata and plans in the call.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-LATENT = 512
-ROPE = 64
+from kernels.backends import BackendError
+from kernels.flash_mla_backend import FlashMlaBackend
+from kernels.workloads import Inputs
 
 Run = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """One problem: q [b, s_q, h_q, 576], k_cache [blocks, 64, 1, 576], block_table [b, pages]."""
+class Peer:
+    """A library: what it is called, and how a call of it is prepared."""
 
-    q: Tensor
-    k_cache: Tensor
-    block_table: Tensor
-    cache_seqlens: Tensor
-    softmax_scale: float
-    causal: bool = False
+    title: str
+    distribution: str
+    load: Callable[[], object]
+    prepare: Callable[[Inputs, bool], Run]
+
+    def version(self) -> str:
+        """E.g. "FlashMLA (sgl-flash-mla 1.0.0)"."""
+        return f"{self.title} ({self.distribution} {importlib.metadata.version(self.distribution)})"
 
 
 def _flash_mla(inputs: Inputs, fresh_schedule: bool) -> Run:
-    module = importlib.import_module("flash_mla")
-    metadata, _ = module.get_mla_metadata()
-
-    def run() -> tuple[Tensor, Tensor]:
-        schedule = module.get_mla_metadata()[0] if fresh_schedule else metadata
-        return module.flash_mla_with_kvcache(
-            inputs.q, inputs.k_cache, inputs.block_table, inputs.cache_seqlens, LATENT, schedule,
-            softmax_scale=inputs.softmax_scale, causal=inputs.causal, use_legacy=True,
-        )  # fmt: skip
-
-    run()  # fills the metadata
+    backend = FlashMlaBackend()
+    if fresh_schedule:
+        return functools.partial(backend, *inputs.arguments())
+    run = functools.partial(
+        backend.run, *inputs.arguments(), backend.schedule(inputs.q, inputs.cache_seqlens)
+    )
+    run()  # fills the schedule
     return run
 
 
 def _fa3(inputs: Inputs, fresh_schedule: bool) -> Run:
-    """The wheel has no paged path, so row i reads the i-th stretch of the pool, whatever its pages."""
+    """The wheel has no paged path, so it reads a contiguous copy of the cache."""
     module = importlib.import_module("fa3_fwd_interface")
-    b, s_q, h_q, _ = inputs.q.shape
-    capacity = inputs.block_table.shape[1] * inputs.k_cache.shape[1]
-    rows = inputs.k_cache.flatten(0, 2)[: b * capacity].view(b, capacity, 1, LATENT + ROPE)
-    latent, rope = rows[..., :LATENT], rows[..., LATENT:]
-    q_latent, q_rope = inputs.q[..., :LATENT].contiguous(), inputs.q[..., LATENT:].contiguous()
+    b, s_q, h_q, width = inputs.q.shape
+    latent, page_size = inputs.head_dim_v, inputs.k_cache.shape[1]
+    pages = -(-int(inputs.cache_seqlens.max()) // page_size)
+    # unused entries of a table may be out of range
+    table = inputs.block_table[:, :pages].clamp(0, inputs.k_cache.shape[0] - 1).long()
+    rows = inputs.k_cache[table].view(b, pages * page_size, 1, width)
+    q_latent, q_rope = inputs.q[..., :latent].contiguous(), inputs.q[..., latent:].contiguous()
     schedule = None
     if not fresh_schedule:
         schedule = module.get_scheduler_metadata(
-            b, s_q, capacity, h_q, 1, ROPE, inputs.cache_seqlens, qkv_dtype=inputs.q.dtype, headdim_v=LATENT,
-            causal=inputs.causal,
+            b, s_q, pages * page_size, h_q, 1, width - latent, inputs.cache_seqlens,
+            qkv_dtype=inputs.q.dtype, headdim_v=latent, causal=inputs.causal,
         )  # fmt: skip
 
     def run() -> tuple[Tensor, Tensor]:
         out, lse, *_ = module.flash_attn_with_kvcache(
-            q_rope, rope, latent, qv=q_latent, cache_seqlens=inputs.cache_seqlens,
+            q_rope, rows[..., latent:], rows[..., :latent], qv=q_latent, cache_seqlens=inputs.cache_seqlens,
             softmax_scale=inputs.softmax_scale, causal=inputs.causal, scheduler_metadata=schedule,
             return_softmax_lse=True,
         )  # fmt: skip
         return out, lse
 
-    run()
     return run
 
 
-_PREPARE: dict[str, tuple[str, Callable[[Inputs, bool], Run]]] = {
-    "flash_mla": ("flash_mla", _flash_mla),
-    "fa3": ("fa3_fwd_interface", _fa3),
+PEERS = {
+    "flash_mla": Peer("FlashMLA", "sgl-flash-mla", FlashMlaBackend, _flash_mla),
+    "fa3": Peer("FlashAttention-3", "fa3-fwd", lambda: importlib.import_module("fa3_fwd_interface"), _fa3),
 }
-NAMES = tuple(_PREPARE)
 
 
 def unavailable(name: str) -> str | None:
     """None when the peer can be imported and a Hopper GPU is present, else the reason."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return "needs a GPU of compute capability 9.0"
+    peer = PEERS[name]
     try:
-        importlib.import_module(_PREPARE[name][0])
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"{_PREPARE[name][0]} cannot be imported: {error}"
+        peer.load()
+    except (BackendError, ImportError, OSError, RuntimeError) as error:
+        return f"{peer.distribution} cannot be used: {error}"
     return None
 
 
 def prepare(name: str, inputs: Inputs, *, fresh_schedule: bool = False) -> Run:
-    """A call that runs peer `name` on `inputs` and returns (out, lse) in the peer's own shapes."""
-    return _PREPARE[name][1](inputs, fresh_schedule)
+    """A call that runs peer `name` on `inputs`: out [b, s_q, h_q, head_dim_v], and lse in its own shape."""
+    return PEERS[name].prepare(inputs, fresh_schedule)

@@ -1,0 +1,107 @@
+"""The grid of cases, the page of results, and on a Hopper GPU one case measured beside the peers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import bench
+from kernels.grid import GROUPS, MARKERS, GridCase, full_grid, select, shapes
+from kernels.peers import PEERS
+from kernels.timing import Timing
+from kernels.versus_table import NOTHING, PLANNED, Row, ratio, render
+
+
+def timing(us: float) -> Timing:
+    return Timing(us - 1, us, us + 1, us + 2, us + 3, 21)
+
+
+def row(case: GridCase, ours: float, flash_mla: float, fa3: float, difference: float = 1e-3) -> Row:
+    """Planning costs FlashMLA 20 us and FlashAttention-3 2 us."""
+    times = {"hopper": timing(ours), NOTHING: timing(4.0)}
+    if not case.fp8:
+        times |= {"flash_mla": timing(flash_mla + 20), "fa3": timing(fa3 + 2)}
+        times |= {"flash_mla" + PLANNED: timing(flash_mla), "fa3" + PLANNED: timing(fa3)}
+    return Row(case, times, times, {} if case.fp8 else {"fa3": difference})
+
+
+def test_grid_has_the_cases_of_the_goal() -> None:
+    cases = full_grid()
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    assert set(MARKERS) <= set(names)
+    assert {(c.lengths, c.s_q, c.h_q) for c in cases} >= {
+        ((s,) * b, 1, h)
+        for b in (1, 2, 4, 8, 16, 32, 64, 128)
+        for s in (512, 1024, 4096, 8192, 32768)
+        for h in (16, 32, 64, 128)
+    }
+    assert any(case.lengths == (4641, 45118, 1730, 1696) and case.s_q == 4 for case in cases)
+    for case in cases:
+        assert case.fp8 or sum(member(case) for member in GROUPS.values()) == 1
+        assert min(case.lengths) >= case.s_q
+
+
+def test_floor_is_the_longer_of_bytes_and_operations() -> None:
+    assert [f"{c.floor_us():.1f}" for c in shapes("128x8192,128x8192x2", "128", False)] == ["452.2", "741.3"]
+    assert f"{shapes('128x8192', '16', True)[0].floor_us():.1f}" == "251.8"
+
+
+def test_cases_are_chosen_by_a_part_of_their_name() -> None:
+    assert [case.name for case in select(full_grid(), "b4 s8192 q1 h16, tail")] == [
+        "b4 s8192 q1 h16",
+        "long tail q4 h16",
+    ]
+    assert {case.name for case in select(full_grid(), "markers")} == set(MARKERS)
+    with pytest.raises(ValueError, match="'q7' names no case"):
+        select(full_grid(), "q7")
+
+
+def test_page_gives_every_loss() -> None:
+    one, other, fp8 = select(full_grid(), "b4 s8192 q1 h16, tail, b1 s1024 q1 h16 fp8")
+    rows = [row(one, 30.0, 40.0, 29.0), row(other, 20.0, 19.0, 25.0), row(fp8, 14.0, 0, 0)]
+    assert ratio(rows[0].cold, "hopper", planned=False) == 30 / 31
+    assert ratio(rows[0].cold, "hopper", planned=True) == 30 / 29
+    page = render(rows, "hopper", "a machine", ["FlashMLA (x 1.0)"])
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| b4 s8192")]
+    assert cells[1][3:] == [
+        "13.8", "30.0 (29.0-31.0)", "60.0 (59.0-61.0)", "31.0 (30.0-32.0)", "0.97",
+        "40.0 (39.0-41.0)", "29.0 (28.0-30.0)", "**1.03** |",
+    ]  # fmt: skip
+    assert "Planning included: 2 cases, ours slower in 0" in page
+    assert "Peers planned before: 2 cases, ours slower in 2 (worst 1.05)" in page
+    assert "| varying lengths | 1 | 0 | 0.74 | 0.74 | 1 | 1.05 | 1.05 |" in page
+    assert "| b4 s8192 | 1 | 16 | 13.8 | 22 | **30.0 (29.0-31.0)** |" in page
+    assert page.count("| b1 s1024 | 1 | 16 | 0.3 | 14.0") == 1
+    assert "times compare different work" not in page
+
+
+def test_page_says_when_outputs_disagree() -> None:
+    (case,) = select(full_grid(), "tail")
+    for difference in (0.5, float("nan")):
+        page = render([row(case, 20, 30, 30, difference)], "hopper", "a machine", [])
+        assert "times compare different work:**\nlong tail q4 h16: fa3" in page
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_peers_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--peers"]) == 2
+    assert "compute capability 9.0" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_case_is_measured_beside_the_peers(tmp_path: Path) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    page, out = tmp_path / "page.md", tmp_path / "rows.json"
+    arguments = ["--peers", "--cases", "b16 s1024 q2 h16, b1 s1024 q1 h16", "--rounds", "5"]
+    assert bench.main([*arguments, "--results", str(page), "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [len(row["case"]["lengths"]) for row in rows] == [1, 16]
+    for name in PEERS:
+        if name in rows[0]["cold"]:
+            assert rows[0]["cold"][name]["p50_us"] > rows[0]["cold"][NOTHING]["p50_us"]
+    assert "| b16 s1024 | 2 | 16 |" in page.read_text()
