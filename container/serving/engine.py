@@ -1,6 +1,5 @@
 """The inference engine: one model, one paged cache, and a step that advances every running sequence."""
 
-import itertools
 import logging
 import threading
 import time
@@ -8,12 +7,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from container.serving.attention import DecodeAttention
+from container.serving.base_engine import BaseEngine
 from container.serving.batch import Batch, Span, make_batch
 from container.serving.cache import PAGE, LatentCache, PageAllocator
 from container.serving.checkpoint import ModelConfig, find_checkpoint, find_tokenizer
@@ -21,8 +20,8 @@ from container.serving.graphs import DecodeGraphs
 from container.serving.model import Model
 from container.serving.sampler import Choice, choose
 from container.serving.scheduler import Planned, Scheduler
-from container.serving.sequence import BadRequest, Logprob, Sampling, Sequence, State, Step
-from container.serving.tokenizer import Detokenizer, Tokenizer
+from container.serving.sequence import BadRequest, Sampling, Sequence, State, Step
+from container.serving.tokenizer import Tokenizer
 from container.serving.weights import Checkpoint, Loader
 
 log = logging.getLogger(__name__)
@@ -30,18 +29,7 @@ log = logging.getLogger(__name__)
 CACHE_DTYPES = ("bfloat16", "float16", "float32", "fp8_ds_mla")
 CPU_CACHE_BYTES = 1 << 30
 GPU_CACHE_FRACTION = 0.85  # of the memory that is free once the weights are loaded
-MAX_CHARACTERS_A_TOKEN = 64  # tokens are seldom longer than a long word
 SCORE_ROWS = 256  # rows of one pass when a prompt is scored through the decode kernel
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What `generate` gives for one prompt. finish_reason: stop, length or error."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[Logprob]
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,7 @@ class Options:
     cuda_graphs: bool = True
 
 
-class Engine:
+class Engine(BaseEngine):
     """Generates with continuous batching. `step` is called by one thread; the other methods by any.
 
     Build it with `Engine.load`. For a plain batch of prompts use `generate`; a server adds sequences and
@@ -64,13 +52,11 @@ class Engine:
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, cache: LatentCache, options: Options, limit: int):
-        self.model, self.tokenizer, self.cache, self.options = model, tokenizer, cache, options
-        self.config = model.config
-        self.max_model_len = limit
+        super().__init__(model.config, tokenizer, limit)
+        self.model, self.cache, self.options = model, cache, options
         self.allocator = PageAllocator(cache.num_pages)
         self.scheduler = Scheduler(self.allocator, options.max_batch, options.step_tokens)
         self._lock = threading.RLock()  # one step, or one change of the sequences, at a time
-        self._ids = itertools.count()
         self._graphs: DecodeGraphs | None = None
         if model.device.type == "cuda" and options.cuda_graphs:
             pages = -(-limit // PAGE)
@@ -130,58 +116,32 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """Name of the kernel backend that decodes."""
         return self.cache.attention.name
 
-    def add(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
-        """Queues a prompt (text or token ids). Raises BadRequest when it cannot be served at all."""
-        sequence = self.prepare(prompt, sampling)
-        self.enqueue(sequence)
-        return sequence
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def gauges(self) -> dict[str, float]:
+        return {
+            "requests_running": len(self.scheduler.running),
+            "requests_waiting": len(self.scheduler.waiting),
+            "cache_pages": self.allocator.total,
+            "cache_pages_used": self.allocator.used,
+            "preemptions": self.scheduler.preemptions,
+        }
 
     def enqueue(self, sequence: Sequence) -> None:
-        """Queues a prepared sequence; waits for a running step."""
+        """Waits for a running step."""
         with self._lock:
             self.scheduler.add(sequence)
 
-    def prepare(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
-        """Checks a prompt and makes its sequence without queueing it; never waits for a running step."""
-        if isinstance(prompt, str) and len(prompt) > MAX_CHARACTERS_A_TOKEN * self.max_model_len:
-            # not even worth tokenizing, which takes time of others
-            raise BadRequest(
-                f"prompt of {len(prompt)} characters is over this model's {self.max_model_len} tokens",
-                "prompt",
-                "context_length_exceeded",
-            )
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise BadRequest("prompt is empty; give at least one token", "prompt")
-        bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
-        if bad is not None:
-            raise BadRequest(
-                f"prompt has token id {bad}, the vocabulary has 0..{self.config.vocab_size - 1}", "prompt"
-            )
-        if len(ids) + sampling.max_tokens > self.max_model_len:
-            raise BadRequest(
-                f"prompt of {len(ids)} tokens plus max_tokens {sampling.max_tokens} is over this model's "
-                f"limit of {self.max_model_len} tokens",
-                "max_tokens" if len(ids) < self.max_model_len else "prompt",
-                "context_length_exceeded",
-            )
-        if sampling.stop and not self.tokenizer.available:
-            raise BadRequest("stop needs a tokenizer and the checkpoint has none", "stop")
-        generator = None
-        if sampling.temperature > 0:
-            generator = torch.Generator(self.model.device)
-            if sampling.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(sampling.seed)
-        detokenizer = Detokenizer(self.tokenizer, sampling.stop)
-        return Sequence(next(self._ids), ids, sampling, detokenizer, generator)
-
     def abort(self, sequence: Sequence) -> None:
-        """Ends a sequence early and frees its pages; does nothing if it has finished."""
+        """Waits for a running step."""
         with self._lock:
             if sequence.state is not State.FINISHED:
                 sequence.finish_reason = "abort"
@@ -229,63 +189,15 @@ class Engine:
         token = choice.token_id
         if token is None:
             return self._fail(sequence, "the model gave NaN or infinite logits")
-        sampling = sequence.sampling
-        sequence.last_token = time.monotonic()
-        if sequence.first_token is None:
-            sequence.first_token = sequence.last_token
-        sequence.output.append(token)
-        if choice.logprob is not None:
-            sequence.logprobs.append(choice.logprob)
-        ended = token in self.config.eos_token_ids and not sampling.ignore_eos
-        text = "" if ended else sequence.detokenizer.push(token)
-        reason = None
-        if ended or sequence.detokenizer.stopped:
-            reason = "stop"
-        elif len(sequence.output) >= sampling.max_tokens:
-            reason = "length"
-        if reason:
-            text += sequence.detokenizer.finish()
-            # a stop string may have been completed by the text held back
-            sequence.finish_reason = "stop" if sequence.detokenizer.stopped else reason
+        step = sequence.accept(token, choice.logprob, self.config.eos_token_ids)
+        if step.finish_reason:
             self.scheduler.remove(sequence)
-        return Step(sequence, token, text, sequence.finish_reason)
+        return step
 
     def _fail(self, sequence: Sequence, message: str) -> Step:
         sequence.error, sequence.finish_reason = message, "error"
         self.scheduler.remove(sequence)
         return Step(sequence, None, "", "error")
-
-    def generate(
-        self,
-        prompts: Many[str] | Many[Many[int]],
-        max_tokens: int = 16,
-        temperature: float = 0.0,
-        **sampling: object,
-    ) -> list[Completion]:
-        """Completes all prompts in one continuous batch; `sampling` as the fields of Sampling.
-
-        With a seed, prompt i is sampled with seed + i. Threads may call this at the same time: their prompts
-        share steps.
-        """
-        seed = cast("int | None", sampling.pop("seed", None))
-        sequences = [
-            self.add(
-                prompt,
-                Sampling(
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    seed=None if seed is None else seed + i,
-                    **sampling,  # type: ignore[arg-type]
-                ),
-            )
-            for i, prompt in enumerate(cast("Many[str | Many[int]]", prompts))
-        ]
-        while any(s.finish_reason is None for s in sequences):
-            self.step()
-        return [
-            Completion(s.detokenizer.text, s.output, s.finish_reason or "error", s.logprobs)
-            for s in sequences
-        ]
 
     def logits(self, token_ids: Many[int]) -> Tensor:
         """Float32 [len, vocabulary] on the CPU: logits after each token, each computed through the decode

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Many
 
-from container.serving.engine import Engine
+from container.serving.base_engine import BaseEngine
 from container.serving.metrics import Metrics
 from container.serving.sequence import Sampling, Sequence, Step
 
@@ -59,7 +59,7 @@ class Stream:
 class EngineLoop:
     """Runs `engine.step` in one thread for as long as there is work."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_queue: int):
+    def __init__(self, engine: BaseEngine, metrics: Metrics, max_queue: int):
         self.engine, self.metrics, self.max_queue = engine, metrics, max_queue
         self._inbox: deque[tuple[str, Stream]] = deque()
         self._streams: dict[int, Stream] = {}
@@ -72,16 +72,17 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Ends the thread after the step it is in."""
+        """Ends the thread after the step it is in, then the engine."""
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout)
+        self.engine.close()
 
     def submit(self, prompts: Many[str | list[int]], sampling: Many[Sampling]) -> list[Stream]:
         """One stream for each prompt, all or none. Raises BadRequest or Overloaded."""
         if self._failed or self._stopping:
             raise Stopped("the engine has stopped; try another instance")
-        waiting = len(self.engine.scheduler.waiting) + len(self._inbox)
+        waiting = self.engine.waiting + len(self._inbox)
         if waiting + len(prompts) > self.max_queue:
             raise Overloaded(waiting, self._retry_after(waiting))
         streams = [Stream(self, self.engine.prepare(p, s)) for p, s in zip(prompts, sampling, strict=True)]

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence as Many
 
-from container.serving.engine import Engine
+from container.serving.base_engine import BaseEngine
 from container.serving.sequence import Sequence, Step
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -54,23 +54,16 @@ class Metrics:
         with self._lock:
             self.http[path, status] += 1
 
-    def step(self, engine: Engine, steps: Many[Step], seconds: float) -> None:
+    def step(self, engine: BaseEngine, steps: Many[Step], seconds: float) -> None:
         """Notes one engine step."""
         with self._lock:
             self.step_time.observe(seconds)
             self.output_tokens += sum(s.token_id is not None for s in steps)
         self.observe(engine)
 
-    def observe(self, engine: Engine) -> None:
+    def observe(self, engine: BaseEngine) -> None:
         """Takes the engine's present state."""
-        allocator, scheduler = engine.allocator, engine.scheduler
-        self.gauges = {
-            "requests_running": len(scheduler.running),
-            "requests_waiting": len(scheduler.waiting),
-            "cache_pages": allocator.total,
-            "cache_pages_used": allocator.used,
-            "preemptions": scheduler.preemptions,
-        }
+        self.gauges = engine.gauges()
 
     def finished(self, sequence: Sequence) -> None:
         """Notes the end of a request, whatever it was."""

@@ -1,6 +1,7 @@
 """One request's state inside the engine, and how it wants its tokens chosen."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -95,6 +96,27 @@ class Sequence:
         if start >= n:
             return self.output[start - n : end - n]
         return self.prompt[start:end] + self.output[: max(0, end - n)]
+
+    def accept(self, token: int, logprob: "Logprob | None", eos_token_ids: Collection[int]) -> "Step":
+        """Takes the next token: its text, and whether it ends the sequence."""
+        self.last_token = time.monotonic()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        self.output.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        ended = token in eos_token_ids and not self.sampling.ignore_eos
+        text = "" if ended else self.detokenizer.push(token)
+        reason = None
+        if ended or self.detokenizer.stopped:
+            reason = "stop"
+        elif len(self.output) >= self.sampling.max_tokens:
+            reason = "length"
+        if reason:
+            text += self.detokenizer.finish()
+            # a stop string may have been completed by the text held back
+            self.finish_reason = "stop" if self.detokenizer.stopped else reason
+        return Step(self, token, text, self.finish_reason)
 
 
 @dataclass(frozen=True)
