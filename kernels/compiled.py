@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kernels.arguments import Problem, check_arguments
 from kernels.package import DecodeParams, KernelPackage
-from kernels.workspace import Workspaces
+from kernels.workspace import Workspaces, aligned, zeroed
 
 ERROR_BYTES = 512
 INVALID_ARGUMENT = 1
@@ -50,7 +51,7 @@ class CompiledBackend:
         library = package.open()
         self._workspace_bytes = library.mla_decode_workspace_bytes
         self._run = library.mla_decode_run
-        self._device_type = "cpu" if self.name == "cpu" else "cuda"
+        self._on_gpu = self.name != "cpu"
         self._local = _Local()
 
     def __repr__(self) -> str:
@@ -58,8 +59,9 @@ class CompiledBackend:
 
     def unsupported(self, problem: Problem) -> str | None:
         """None when this target runs `problem`, else the reason."""
-        if problem.device_type != self._device_type:
-            return f"target {self.name} runs on {self._device_type}, the tensors are on {problem.device_type}"
+        device_type = "cuda" if self._on_gpu else "cpu"
+        if problem.device_type != device_type:
+            return f"target {self.name} runs on {device_type}, the tensors are on {problem.device_type}"
         if self.name == "cpu":
             return _cpu_unsupported(problem)
         return _hopper_unsupported(problem)
@@ -76,12 +78,11 @@ class CompiledBackend:
     ) -> tuple[Tensor, Tensor]:
         """Run the operator. ValueError for a bad argument, NotImplementedError for what the target lacks."""
         local = self._local
-        on_gpu = self._device_type == "cuda"
         key = (
             q.shape, q.stride(), q.dtype, k_cache.shape, k_cache.stride(), k_cache.dtype, block_table.shape,
             block_table.stride(), block_table.dtype, cache_seqlens.shape, cache_seqlens.stride(),
             cache_seqlens.dtype, q.device, k_cache.device, block_table.device, cache_seqlens.device,
-            head_dim_v, softmax_scale, causal, 0 if on_gpu else torch.get_num_threads(),
+            head_dim_v, softmax_scale, causal, 0 if self._on_gpu else torch.get_num_threads(),
         )  # fmt: skip
         plan = local.plans.get(key)
         if plan is None:
@@ -89,10 +90,46 @@ class CompiledBackend:
             if len(local.plans) >= MAX_PLANS:
                 local.plans.clear()
             local.plans[key] = plan
-        device = q.device
-        out = torch.empty(plan.out_shape, dtype=q.dtype, device=device)
-        lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else None
+        stream = torch.cuda.current_stream(q.device).cuda_stream if self._on_gpu else None
+        workspace = local.workspaces.address(q.device, stream, plan.workspace_bytes)
+        return self._launch(plan, q, k_cache, block_table, cache_seqlens, workspace, stream)
+
+    def bound(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        head_dim_v: int,
+        softmax_scale: float,
+        causal: bool,
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """A call on these tensors with a workspace of its own, zeroed now: a graph of it is the kernel alone.
+
+        It must outlive a graph that captures it, and may not run twice at a time. Errors as a call's.
+        """
+        plan = self._plan(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
+        workspace = zeroed(q.device, plan.workspace_bytes)
+
+        def run() -> tuple[Tensor, Tensor]:
+            stream = torch.cuda.current_stream(q.device).cuda_stream if self._on_gpu else None
+            return self._launch(plan, q, k_cache, block_table, cache_seqlens, aligned(workspace), stream)
+
+        return run
+
+    def _launch(
+        self,
+        plan: _Plan,
+        q: Tensor,
+        k_cache: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        workspace: int,
+        stream: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        error = self._local.error
+        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
         params = plan.params
         params.q = q.data_ptr()
         params.kv_cache = k_cache.data_ptr()
@@ -100,15 +137,15 @@ class CompiledBackend:
         params.cache_seqlens = cache_seqlens.data_ptr()
         params.out = out.data_ptr()
         params.lse = lse.data_ptr()
-        params.workspace = local.workspaces.address(device, stream, plan.workspace_bytes)
-        if on_gpu:
+        params.workspace = workspace
+        if stream is not None:
             params.stream = stream
-            with torch.cuda.device(device):
-                status = self._run(plan.address, local.error, ERROR_BYTES)
+            with torch.cuda.device(q.device):
+                status = self._run(plan.address, error, ERROR_BYTES)
         else:
-            status = self._run(plan.address, local.error, ERROR_BYTES)
+            status = self._run(plan.address, error, ERROR_BYTES)
         if status:
-            raise _status_error(status, self.name, local.error.value.decode(errors="replace"))
+            raise _status_error(status, self.name, error.value.decode(errors="replace"))
         return out, lse
 
     def _plan(
@@ -141,7 +178,7 @@ class CompiledBackend:
             max_blocks_per_seq=block_table.shape[1],
             causal=int(causal),
             softmax_scale=softmax_scale,
-            num_threads=torch.get_num_threads() if self._device_type == "cpu" else 0,
+            num_threads=0 if self._on_gpu else torch.get_num_threads(),
             q_stride_batch=q.stride(0),
             q_stride_seq=q.stride(1),
             q_stride_head=q.stride(2),

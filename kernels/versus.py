@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import peers
-from kernels.backends import Backend, get_backend
+from kernels.backends import compiled_package
 from kernels.compiled import CompiledBackend
 from kernels.grid import GridCase, full_grid, select, shapes
 from kernels.machine import device_name
@@ -43,8 +43,8 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
     else:
         cases = select(full_grid(), options.cases) if options.cases else full_grid()
     libraries = dict(text.split("=", 1) for text in options.library)
-    ours: dict[str, Backend] = {name: library_backend(Path(path)) for name, path in libraries.items()}
-    ours = ours or {"hopper": get_backend("hopper", options.kernel_dir)}
+    ours = {name: library_backend(Path(path)) for name, path in libraries.items()}
+    ours = ours or {"hopper": CompiledBackend(compiled_package("hopper", options.kernel_dir))}
     reasons = {name: peers.unavailable(name) for name in peers.PEERS}
     names = [name for name, reason in reasons.items() if reason is None]
     rows = []
@@ -66,7 +66,7 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
 
 
 def compare(
-    ours: Mapping[str, Backend], names: Sequence[str], cases: Sequence[GridCase], rounds: int
+    ours: Mapping[str, CompiledBackend], names: Sequence[str], cases: Sequence[GridCase], rounds: int
 ) -> Iterator[Row]:
     """Measure each case with `ours` and the peers `names`; peers take no FP8 cache, so they miss its cases.
 
@@ -83,15 +83,13 @@ def compare(
         del calls, graphs  # before the next case takes as much memory
 
 
-def prepared(case: GridCase, ours: Mapping[str, Backend], names: Sequence[str]) -> Calls:
+def prepared(case: GridCase, ours: Mapping[str, CompiledBackend], names: Sequence[str]) -> Calls:
     """Everything that runs on `case`, by name, ours first."""
     inputs = make_inputs(
         case.lengths, s_q=case.s_q, h_q=case.h_q, kv_dtype=case.kv_dtype, causal=case.s_q > 1,
         softmax_scale=SCALE, device="cuda", poison=False,
     )  # fmt: skip
-    calls: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        name: functools.partial(backend, *inputs.arguments()) for name, backend in ours.items()
-    }
+    calls = {name: backend.bound(*inputs.arguments()) for name, backend in ours.items()}
     for name in names:
         calls[name] = peers.prepare(name, inputs, fresh_schedule=True)
         calls[name + PLANNED] = peers.prepare(name, inputs)
@@ -113,7 +111,7 @@ def medians(row: Row) -> dict[str, object]:
     return {"case": row.case.name, "floor": round(row.case.floor_us(), 1), "cold": cold, "warm": warm}
 
 
-def library_backend(path: Path) -> Backend:
+def library_backend(path: Path) -> CompiledBackend:
     """The hopper target from a library that was not packaged, such as one compiled by hand."""
     folder = Path(tempfile.mkdtemp(prefix="mla-library-"))
     (folder / LIBRARY).symlink_to(path.resolve())

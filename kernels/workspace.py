@@ -32,15 +32,14 @@ class Workspaces:
             owner, workspace = self._captured.get(key, (0, None))
             if owner != capture or workspace is None or workspace.numel() < size + ALIGN:
                 # The one it replaces goes back to the graph's pool: later parts of that graph may take it.
-                workspace = _take(device, size)
+                workspace = zeroed(device, size)
                 self._captured[key] = capture, workspace
         else:
             self._captured.pop(key, None)
             workspace = self._kept.get(key)
             if workspace is None or workspace.numel() < size + ALIGN:
-                workspace = self._kept[key] = _take(device, size)
-        base = workspace.data_ptr()
-        return base + -base % ALIGN
+                workspace = self._kept[key] = zeroed(device, size)
+        return aligned(workspace)
 
 
 def capture_id(stream: int) -> int:
@@ -54,10 +53,17 @@ def capture_id(stream: int) -> int:
     return number.value if status.value else 0
 
 
-def _take(device: torch.device, size: int) -> Tensor:
+def zeroed(device: torch.device, size: int) -> Tensor:
+    """Memory for `size` bytes from its aligned address on, the counters zero."""
     workspace = torch.empty(size + ALIGN, dtype=torch.uint8, device=device)
     workspace[: COUNTER_BYTES + ALIGN].zero_()
     return workspace
+
+
+def aligned(workspace: Tensor) -> int:
+    """The address in memory of `zeroed` that a library is given."""
+    base = workspace.data_ptr()
+    return base + -base % ALIGN
 
 
 @functools.cache
