@@ -44,6 +44,11 @@ class Batch:
     cos: Tensor = field(default_factory=lambda: torch.empty(0))  # float32 [T, rope / 2], set by the model
     sin: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    @property
+    def is_one_token(self) -> bool:
+        """Whether it decodes a single token and wants its logits."""
+        return self.rows.count == 1 and not self.chunks and self.logit_rows is None
+
 
 @dataclass
 class Span:

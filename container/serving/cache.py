@@ -3,7 +3,8 @@
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -48,6 +49,20 @@ class LatentCache:
     def write(self, layer: int, slots: Tensor, latents: Tensor) -> None:
         """Stores latents [T, rank + rope] in slots int64 [T]."""
         self._rows[layer].index_copy_(0, slots, self.attention.pack(latents))
+
+    @contextmanager
+    def target(self, layer: int, slots: Tensor, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Where a kernel that rounds to the tensor's dtype may write the latents of `slots` itself.
+
+        The layer's rows, to be indexed by slots; or rows of their own (and no slots) as many as `like` has,
+        which are packed and stored at the end of the block.
+        """
+        if not self.attention.fp8:
+            yield self._rows[layer], slots
+            return
+        rows = like.new_empty(slots.shape[0], self.attention.latent_dim)
+        yield rows, None
+        self.write(layer, slots, rows)
 
     def read(self, layer: int, pages: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         """The first `length` tokens of a sequence with pages int64 [n] -> `dtype` [length, rank + rope]."""

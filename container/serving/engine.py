@@ -173,13 +173,15 @@ class Engine(BaseEngine):
             spans.append(Span(sequence.tokens(start, start + count), start, sequence.pages))
             if start + count == sequence.length:
                 wanted.append(row)
-        batch = make_batch(spans, self.model.device, wanted)
-        graphs = self._graphs
-        logits = graphs(batch) if graphs is not None and graphs.fits(batch) else self._eager(batch)
+        graphs, tokens = self._graphs, None
+        if graphs is not None and len(wanted) == len(spans) and graphs.fits(spans):
+            logits, tokens = graphs(spans)
+        else:
+            logits = self._eager(make_batch(spans, self.model.device, wanted))
         for planned in plan:
             self.scheduler.computed(planned)
         sequences = [plan[row].sequence for row in wanted]
-        choices = choose(logits, sequences) if sequences else []
+        choices = choose(logits, sequences, tokens) if sequences else []
         return [self._advance(s, c) for s, c in zip(sequences, choices, strict=True)]
 
     def _eager(self, batch: Batch) -> Tensor:

@@ -1,34 +1,30 @@
-"""Element-wise operations between matrix products: one generated kernel each on a GPU, torch on a CPU.
+"""What a layer does between matrix products: Triton kernels of a launch each on a GPU, torch elsewhere.
 
-On a GPU a decode step of one token is hundreds of tiny kernels, whose launches cost as much as reading the
-weights; torch.compile turns each function here into one or two.
+On a GPU a decode step is hundreds of small kernels, whose launches cost as much as reading the weights.
 """
 
 import functools
+import importlib.util
 import shutil
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TRITON_DEVICES = ["cuda"]  # a test adds "cpu", where Triton's interpreter runs the kernels
+
 
 @functools.cache
-def can_compile() -> bool:
-    """Whether the C compiler that generated kernels need for their launchers is there."""
-    return any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+def have_triton() -> bool:
+    """Whether Triton is there, with the C compiler that its launchers need."""
+    return importlib.util.find_spec("triton") is not None and any(
+        shutil.which(name) for name in ("cc", "gcc", "clang")
+    )
 
 
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles `function` for GPU tensors, for any number of rows; leaves it as it is on a CPU."""
-    compiled = torch.compile(function, dynamic=True)
-
-    @functools.wraps(function)
-    def call(first: Tensor, *rest: Any) -> Any:
-        return (compiled if first.is_cuda and can_compile() else function)(first, *rest)
-
-    return call
+def on_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels take `x`."""
+    return x.device.type in TRITON_DEVICES and have_triton()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,33 +38,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-@fused
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rms_norm as one kernel."""
-    return rms_norm(x, weight, eps)
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, n] and what is to be added to it -> (x + delta, its norm)."""
+    if on_triton(x):
+        from container.serving import rows
 
-
-@fused
-def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, its norm)"""
-    total = x + delta
+        return rows.add_norm(x, delta, weight, eps)
+    total = x if delta is None else x + delta
     return total, rms_norm(total, weight, eps)
 
 
-@fused
-def cache_row(latent: Tensor, rope: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """What the cache holds for a token: the normed latent, then the rotated key. -> [T, rank + rope]"""
-    return torch.cat((rms_norm(latent, weight, eps), rotate(rope, cos, sin)), dim=-1)
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm of rows [T, n]."""
+    return add_norm(x, None, weight, eps)[1]
 
 
-@fused
-def absorbed_query(latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[T, heads, rank] and [T, heads, rope] -> [T, heads, rank + rope], rope rotated."""
-    return torch.cat((latent, rotate(rope, cos[:, None], sin[:, None])), dim=-1)
-
-
-@fused
 def silu_product(x: Tensor) -> Tensor:
     """[T, 2 n] -> [T, n]: silu(first half) * second half."""
+    if on_triton(x):
+        from container.serving import rows
+
+        return rows.silu_product(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """float32 [R, vocabulary] -> int32 [R]: the first of the largest, -1 where the largest is not finite."""
+    if on_triton(logits):
+        from container.serving import rows
+
+        return rows.greedy(logits)
+    largest = logits.max(dim=-1)  # a row with NaN has a NaN maximum
+    return torch.where(torch.isfinite(largest.values), largest.indices, -1).int()

@@ -1,17 +1,72 @@
-"""Decode steps captured as CUDA graphs, one for each padded batch size: a step is then a single launch."""
+"""Decode steps captured as CUDA graphs, one for each padded batch size: a step is a copy and a launch."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from container.serving.batch import Batch, Rows
+from container.serving.batch import Batch, Rows, Span
 from container.serving.cache import NULL_PAGE, PAGE
+from container.serving.fused import greedy
 
 log = logging.getLogger(__name__)
+NULL_SLOT = NULL_PAGE * PAGE
+
+
+class StepInputs:
+    """The inputs of a step of decode rows at fixed addresses, in one buffer that one copy fills.
+
+    Only what changed since the step before is written again: a sequence that stays in its row costs a few
+    numbers, not its page table.
+    """
+
+    def __init__(self, max_batch: int, max_pages: int, device: torch.device):
+        # 8-byte words: tokens, positions and slots, then the 4-byte lengths and page tables
+        self._head = 3 * max_batch + -(-max_batch // 2)
+        words = self._head + -(-max_batch * max_pages // 2)
+        self._host = torch.zeros(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(words, dtype=torch.int64, device=device)
+        self._max_batch, self._max_pages = max_batch, max_pages
+        on_host = [part.numpy() for part in self._parts(self._host)]
+        self._tokens, self._positions, self._slots, self._lengths, self._table = on_host
+        self._slots[:] = NULL_SLOT
+        self._held: list[tuple[Sequence[int] | None, int]] = [(None, 0)] * max_batch
+        self._device.copy_(self._host)
+
+    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        n = self._max_batch
+        tail = buffer[3 * n :].view(torch.int32)
+        start = 2 * (self._head - 3 * n)
+        table = tail[start : start + n * self._max_pages].view(n, self._max_pages)
+        return buffer[:n], buffer[n : 2 * n], buffer[2 * n : 3 * n], tail[:n], table
+
+    def batch(self, size: int) -> Batch:
+        """The first `size` rows on the device."""
+        tokens, positions, slots, lengths, table = (part[:size] for part in self._parts(self._device))
+        return Batch(tokens, positions, slots, Rows(table, lengths), [], None)
+
+    def set(self, spans: Sequence[Span], size: int) -> None:
+        """Makes the first rows those of spans of one token and the others up to `size` empty ones."""
+        for row, span in enumerate(spans):
+            pages, position = span.pages, span.start
+            self._tokens[row] = span.tokens[0]
+            self._positions[row] = position
+            self._slots[row] = pages[position // PAGE] * PAGE + position % PAGE
+            self._lengths[row] = position + 1
+            held, count = self._held[row]
+            if held is not pages or count > len(pages):
+                count = 0
+            if count < len(pages):
+                self._table[row, count : len(pages)] = pages[count:]
+                self._held[row] = pages, len(pages)
+        n = len(spans)
+        self._slots[n:size] = NULL_SLOT
+        self._lengths[n:size] = 0
+        words = self._head + -(-size * self._max_pages // 2)
+        self._device[:words].copy_(self._host[:words], non_blocking=True)
 
 
 class DecodeGraphs:
@@ -25,47 +80,28 @@ class DecodeGraphs:
     ):
         self._forward = forward
         self.sizes = [n for n in (1, 2, 4, *range(8, max_batch, 8)) if n < max_batch] + [max_batch]
-
-        def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self._tokens, self._positions = buffer(max_batch), buffer(max_batch)
-        self._slots = buffer(max_batch)
-        self._slots.fill_(NULL_PAGE * PAGE)
-        self._table = buffer(max_batch, max_pages, dtype=torch.int32)
-        self._lengths = buffer(max_batch, dtype=torch.int32)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._inputs = StepInputs(max_batch, max_pages, device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._capture_all()
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Logits of the batch's rows, valid until the next call."""
-        n = batch.rows.count
+    def __call__(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Float32 logits and `greedy` of them for spans of one token each; valid until the next call, before
+        which the caller must have waited for the result."""
+        n = len(spans)
         size = next(size for size in self.sizes if size >= n)
-        table = batch.rows.block_table
-        self._tokens[:n].copy_(batch.tokens)
-        self._positions[:n].copy_(batch.positions)
-        self._slots[:n].copy_(batch.slots)
-        self._table[:n, : table.shape[1]].copy_(table)
-        self._lengths[:n].copy_(batch.rows.lengths)
-        if size > n:
-            self._slots[n:size].fill_(NULL_PAGE * PAGE)
-            self._lengths[n:size].zero_()
-        graph, logits = self._graphs[size]
+        self._inputs.set(spans, size)
+        graph, logits, tokens = self._graphs[size]
         graph.replay()
-        return logits[:n]
+        return logits[:n], tokens[:n]
 
-    def fits(self, batch: Batch) -> bool:
-        """Whether the batch holds nothing but decode rows whose logits are all wanted."""
-        return not batch.chunks and batch.logit_rows is None and batch.rows.count <= self.sizes[-1]
-
-    def _batch(self, size: int) -> Batch:
-        rows = Rows(self._table[:size], self._lengths[:size])
-        return Batch(self._tokens[:size], self._positions[:size], self._slots[:size], rows, [], None)
+    def fits(self, spans: Sequence[Span]) -> bool:
+        """Whether the spans are nothing but decode rows."""
+        return len(spans) <= self.sizes[-1] and all(len(span.tokens) == 1 for span in spans)
 
     def _capture_all(self) -> None:
         started = time.monotonic()
         for size in reversed(self.sizes):  # compiles what is compiled lazily, and sizes every scratch buffer
-            self._forward(self._batch(size))
+            greedy(self._forward(self._inputs.batch(size)))
         torch.cuda.synchronize()
         failures: list[BaseException] = []
 
@@ -76,8 +112,9 @@ class DecodeGraphs:
                 for size in reversed(self.sizes):
                     graph = torch.cuda.CUDAGraph()
                     with torch.inference_mode(), torch.cuda.graph(graph, pool=pool):
-                        logits = self._forward(self._batch(size))
-                    self._graphs[size] = graph, logits
+                        logits = self._forward(self._inputs.batch(size))
+                        tokens = greedy(logits)
+                    self._graphs[size] = graph, logits, tokens
             except BaseException as error:  # handed to the caller below
                 failures.append(error)
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from container.serving.batch import Batch
 from container.serving.cache import LatentCache
 from container.serving.checkpoint import ModelConfig, Rope
-from container.serving.fused import absorbed_query, cache_row, can_compile, norm, rotate, silu_product
+from container.serving.fused import norm, on_triton, rms_norm, rotate, silu_product
 from container.serving.weights import Loader
 
-FEW_TOKENS = 8  # up to here a GPU reads each token's experts by themselves (see experts.py)
 LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm do not take rms_norm_eps
 
 
@@ -63,7 +62,7 @@ class Attention:
         query_width = c.q_lora_rank or heads * c.qk_head_dim
         query = "q_a_proj" if c.q_lora_rank else "q_proj"
         # the query's and the latent's projections read the same input: one matrix, one pass
-        self.split = (query_width, c.kv_lora_rank, c.qk_rope_head_dim)
+        self.split = (query_width, c.latent_dim)
         parts = ((query, query_width), ("kv_a_proj_with_mqa", c.latent_dim))
         self.w_in = load.joined(*((f"{prefix}{n}.weight", (rows, hidden)) for n, rows in parts))
         self.b_in = None
@@ -109,41 +108,57 @@ class Attention:
     def __call__(self, x: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
         """x [T, hidden] -> [T, hidden]; stores the T tokens' latents in the cache before attending."""
         c = self.config
-        query, latent, rope = F.linear(x, self.w_in, self.b_in).split(self.split, dim=-1)
+        query, latent = F.linear(x, self.w_in, self.b_in).split(self.split, dim=-1)
         if c.q_lora_rank:
             query = F.linear(norm(query, self.q_norm, LATENT_NORM_EPS), self.w_q)
-        query = query.view(-1, c.num_attention_heads, c.qk_head_dim)
-        row = cache_row(latent, rope, self.kv_norm, batch.cos, batch.sin, LATENT_NORM_EPS)
-        cache.write(self.layer, batch.slots, row)
+        q = self._store(query, latent, batch, cache)
+        query = query.view(-1, c.num_attention_heads, c.qk_head_dim)[..., : c.qk_nope_head_dim]
 
         n = batch.rows.count
         if n == x.shape[0]:
-            out = self._decode(query, batch, cache)
+            out = self._decode(query, q, batch, cache)
         else:
             out = x.new_empty(x.shape[0], c.num_attention_heads, c.v_head_dim)
             if n:
-                out[:n] = self._decode(query[:n], batch, cache)
+                out[:n] = self._decode(query[:n], q[:n], batch, cache)
             for chunk in batch.chunks:
                 part = slice(chunk.start, chunk.end)
                 latents = cache.read(self.layer, chunk.pages, chunk.length, x.dtype)
-                out[part] = self._prefill(query[part], batch.cos[part], batch.sin[part], latents)
+                out[part] = self._prefill(query[part], q[part, :, c.kv_lora_rank :], latents)
         return F.linear(out.flatten(1), self.w_out, self.b_out)
 
-    def _decode(self, query: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-        """[n, heads, nope + rope] -> [n, heads, v]; row i sees batch.rows.lengths[i] tokens."""
-        q_nope, q_rope = query.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
-        absorbed = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
-        n = query.shape[0]
-        q = absorbed_query(absorbed, q_rope, batch.cos[:n], batch.sin[:n])
+    def _store(self, query: Tensor, latent: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+        """Rotates and norms what the cache holds and stores it. -> the queries [T, heads, rank + rope] of the
+        absorbed form, whose rotated part is set and whose first `rank` values are not."""
+        c, rank = self.config, self.config.kv_lora_rank
+        q = query.new_empty(query.shape[0], c.num_attention_heads, c.latent_dim)
+        if on_triton(query):
+            from container.serving.rows import attention_input
+
+            with cache.target(self.layer, batch.slots, latent) as (rows, slots):
+                attention_input(
+                    query, latent, self.kv_norm, self.w_kv, batch.cos, batch.sin, rows, slots, q,
+                    LATENT_NORM_EPS, absorb=False,
+                )  # fmt: skip
+            return q
+        normed = rms_norm(latent[:, :rank], self.kv_norm, LATENT_NORM_EPS)
+        rotated = rotate(latent[:, rank:], batch.cos, batch.sin)
+        cache.write(self.layer, batch.slots, torch.cat((normed, rotated), dim=-1))
+        q_rope = query.view(-1, c.num_attention_heads, c.qk_head_dim)[..., c.qk_nope_head_dim :]
+        q[..., rank:] = rotate(q_rope, batch.cos[:, None], batch.sin[:, None])
+        return q
+
+    def _decode(self, q_nope: Tensor, q: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+        """q_nope [n, heads, nope], q as `_store` gives it -> [n, heads, v]; row i sees lengths[i] tokens."""
+        absorbed = q[..., : self.config.kv_lora_rank].transpose(0, 1)
+        torch.bmm(q_nope.transpose(0, 1), self.w_uk, out=absorbed)
         out = cache.attend(self.layer, q, batch.rows.block_table, batch.rows.lengths).to(q.dtype)
         return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
 
-    def _prefill(self, query: Tensor, cos: Tensor, sin: Tensor, latents: Tensor) -> Tensor:
+    def _prefill(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
         """Queries are the last n of the S tokens in `latents` [S, rank + rope]; causal. -> [n, heads, v]"""
         c = self.config
-        n, total = query.shape[0], latents.shape[0]
-        q_nope, q_rope = query.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
-        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
+        n, total = q_nope.shape[0], latents.shape[0]
         latent, k_rope = latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
         expanded = F.linear(latent, self.w_kv).view(total, c.num_attention_heads, -1)
         k_nope, v = expanded.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
@@ -205,14 +220,25 @@ class MixtureOfExperts:
         self.shared = Mlp(prefix + "shared_experts.", hidden, shared, c.mlp_bias, load) if shared else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        weights, experts = self.route(x)
-        routed = self._few(x, weights, experts) if _takes_few(x) else self._many(x, weights, experts)
-        return routed if self.shared is None else routed + self.shared(x)
+        shared = None if self.shared is None else self.shared(x)
+        if on_triton(x):
+            from container.serving.experts import routed_experts
 
-    def _few(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        from container.serving.experts import routed_experts
+            weights, experts = self.choose(F.linear(x.float(), self.router))
+            return routed_experts(x, self.w_in, self.w_out, experts, weights, shared)
+        routed = self._many(x, *self.route(x))
+        return routed if shared is None else routed + shared
 
-        return routed_experts(x, self.w_in, self.w_out, experts, weights)
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """`route` as one Triton kernel, from the router's logits float32 [T, E]; indices int32."""
+        from container.serving.experts import route
+
+        c = self.config
+        kept = c.topk_group if c.grouped else c.n_group
+        return route(
+            logits, self.bias, c.num_experts_per_tok, c.n_group, kept, c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )  # fmt: skip
 
     def _many(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         k = experts.shape[1]
@@ -249,10 +275,6 @@ class MixtureOfExperts:
         if c.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * c.routed_scaling_factor, experts
-
-
-def _takes_few(x: Tensor) -> bool:
-    return x.is_cuda and can_compile() and x.shape[0] <= FEW_TOKENS
 
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from container.serving.batch import Batch
 from container.serving.cache import LatentCache
 from container.serving.checkpoint import ModelConfig
-from container.serving.fused import add_norm, norm
+from container.serving.fused import add_norm, on_triton
 from container.serving.layers import Attention, MixtureOfExperts, Mlp, rotary_table
 from container.serving.weights import Loader
 
@@ -31,14 +31,9 @@ class Layer:
         self, x: Tensor, delta: Tensor | None, batch: Batch, cache: LatentCache
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and what is still to be added to it: `delta` before, the mlp's after."""
-        x, h = residual(x, delta, self.attention_norm, self.eps)
-        x, h = residual(x, self.attention(h, batch, cache), self.mlp_norm, self.eps)
+        x, h = add_norm(x, delta, self.attention_norm, self.eps)
+        x, h = add_norm(x, self.attention(h, batch, cache), self.mlp_norm, self.eps)
         return x, self.mlp(h)
-
-
-def residual(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, its norm)"""
-    return (x, norm(x, weight, eps)) if delta is None else add_norm(x, delta, weight, eps)
 
 
 class Model:
@@ -63,9 +58,21 @@ class Model:
         """Runs the batch, fills the cache, returns float32 logits [R, vocabulary] of batch.logit_rows."""
         batch.cos, batch.sin = self.cos[batch.positions], self.sin[batch.positions]
         x, delta = F.embedding(batch.tokens, self.embedding), None
+        if on_triton(x) and takes_one_token(self.config) and batch.is_one_token:
+            from container.serving.one_token import decode_one_token
+
+            return decode_one_token(self, x, batch, cache)
         for layer in self.layers:
             x, delta = layer(x, delta, batch, cache)
         if batch.logit_rows is not None and delta is not None:
             x, delta = x[batch.logit_rows], delta[batch.logit_rows]
-        _, h = residual(x, delta, self.norm, self.config.rms_norm_eps)
+        _, h = add_norm(x, delta, self.norm, self.config.rms_norm_eps)
+        if h.is_cuda and h.dtype != torch.float32:  # logits as they are added up, not rounded to 16 bits
+            return torch.mm(h, self.head.T, out_dtype=torch.float32)
         return F.linear(h, self.head).float()
+
+
+def takes_one_token(config: ModelConfig) -> bool:
+    """Whether the kernels for a single token (one_token.py) cover the model: no biases, shared experts."""
+    biased = config.attention_bias or config.mlp_bias
+    return not biased and not (config.n_routed_experts and not config.n_shared_experts)

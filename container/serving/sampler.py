@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from container.serving.fused import greedy
 from container.serving.sequence import Logprob, Sequence
 
 
@@ -17,12 +18,13 @@ class Choice:
     logprob: Logprob | None = None
 
 
-def choose(logits: Tensor, sequences: Many[Sequence]) -> list[Choice]:
+def choose(logits: Tensor, sequences: Many[Sequence], best: Tensor | None = None) -> list[Choice]:
     """One token for each row of logits float32 [R, vocabulary]; a row's outcome depends on no other row.
 
-    A sampled token is argmax(p / e) with e exponential from the sequence's own generator, which draws from p.
+    `best` is `greedy(logits)` where it is known already. A sampled token is argmax(p / e) with e exponential
+    from the sequence's own generator, which draws from p.
     """
-    greedy = logits.argmax(dim=-1)
+    tokens = greedy(logits) if best is None else best
     sampled = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
@@ -30,14 +32,16 @@ def choose(logits: Tensor, sequences: Many[Sequence]) -> list[Choice]:
         noise = torch.empty_like(probabilities)
         for row, target in zip(sampled, noise, strict=True):
             target.exponential_(generator=sequences[row].generator)
-        greedy[rows] = (probabilities / noise.clamp_min(1e-20)).argmax(dim=-1)
-    # a row with NaN has a NaN maximum; one transfer brings tokens and verdicts to the host
-    finite = torch.isfinite(logits.amax(dim=-1))
-    tokens, good = torch.stack((greedy, finite.long())).tolist()
-    choices = [Choice(token if ok else None) for token, ok in zip(tokens, good, strict=True)]
-    for row, sequence in enumerate(sequences):
-        if sequence.sampling.logprobs is not None and good[row]:
-            choices[row] = Choice(tokens[row], _logprob(logits[row], tokens[row], sequence.sampling.logprobs))
+        drawn = (probabilities / noise.clamp_min(1e-20)).argmax(dim=-1)
+        tokens = tokens.index_put((rows,), torch.where(tokens[rows] < 0, -1, drawn).int())
+    choices = []
+    for row, (token, sequence) in enumerate(zip(tokens.tolist(), sequences, strict=True)):
+        if token < 0:
+            choices.append(Choice(None))
+        elif sequence.sampling.logprobs is None:
+            choices.append(Choice(token))
+        else:
+            choices.append(Choice(token, _logprob(logits[row], token, sequence.sampling.logprobs)))
     return choices
 
 

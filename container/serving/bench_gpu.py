@@ -1,0 +1,229 @@
+"""Decode speed of engines on a GPU, side by side: `python -m container.serving.bench --gpu`.
+
+Random weights in DeepSeek-V2-Lite's shape (15.7B parameters, bfloat16) made on the GPU, and a cache of random
+latents: a decode step's time does not depend on their values. Every engine runs in a process of its own, one
+after the other, and leaves its times as JSON; the table has a column for each.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from container.serving.attention import PAGE, DecodeAttention
+from container.serving.cache import LatentCache
+from container.serving.checkpoint import ModelConfig
+from container.serving.engine import Engine, Options
+from container.serving.model import Model
+from container.serving.tokenizer import Tokenizer
+from container.serving.weights import Loader, Rows
+
+V2_LITE: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "dtype": "bfloat16",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "max_position_embeddings": 16384,
+    "eos_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: decode steps at every context and batch size."""
+
+    contexts: list[int]
+    batches: list[int]
+    steps: int
+    kernel_dir: str | None
+    profile: bool
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of a decode step of `batch` sequences of about `context` tokens."""
+
+    context: int
+    batch: int
+    median: float
+    p99: float
+
+
+class RandomLoader:
+    """Weights that are drawn instead of read, in the shapes that a Loader is asked for: no files."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+
+    def one(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if len(shape) == 1:
+            filled = torch.zeros if name.endswith("bias") else torch.ones
+            return filled(shape, dtype=dtype or self.dtype, device=self.device)
+        return self._draw(shape, dtype or self.dtype)
+
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        return None
+
+    def joined(self, *parts: Rows) -> Tensor:
+        return self._draw((sum(shape[0] for _, shape in parts), *parts[0][1][1:]), self.dtype)
+
+    def stacked(self, groups: Sequence[Sequence[Rows]]) -> Tensor:
+        rows = sum(shape[0] for _, shape in groups[0])
+        return self._draw((len(groups), rows, *groups[0][0][1][1:]), self.dtype)
+
+    def _draw(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device).normal_(std=shape[-1] ** -0.5)
+
+
+def our_engine(plan: Plan, backend: str) -> list[Timing]:
+    """This package's engine with one of the kernel backends."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    config = ModelConfig.from_dict(V2_LITE)
+    limit = max(plan.contexts) + 4 * plan.steps
+    batch = max(plan.batches)
+    options = Options(max_batch=batch, max_model_len=limit)
+    kernels = Path(plan.kernel_dir) if plan.kernel_dir else None
+    attention = DecodeAttention(backend, kernels, device, config, dtype, "bfloat16")
+    model = Model(config, cast(Loader, RandomLoader(device, dtype)), limit)
+    cache = LatentCache(config.num_hidden_layers, batch * (limit // PAGE + 2), attention, device)
+    cache.fill_random()
+    engine = Engine(model, Tokenizer(None), cache, options, limit)
+    timings = []
+    for context in plan.contexts:
+        for batch in plan.batches:
+            engine.decode_step_times(context, batch, 4, prefill=False)
+            times = engine.decode_step_times(context, batch, plan.steps, prefill=False)
+            timings.append(timing(context, batch, times))
+            print(backend, timings[-1], flush=True)
+            if plan.profile:
+                _profile(engine, context, batch)
+    return timings
+
+
+def timing(context: int, batch: int, times: list[float]) -> Timing:
+    """The figures of one point from its steps' milliseconds."""
+    return Timing(context, batch, statistics.median(times), sorted(times)[int(0.99 * (len(times) - 1))])
+
+
+def _profile(engine: Engine, context: int, batch: int) -> None:
+    """Prints where the GPU's time goes in a few decode steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        engine.decode_step_times(context, batch, 8, prefill=False)
+    print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=60))
+
+
+# A column of the table: its name, and what measures a plan in a process that it has to itself.
+ENGINES: dict[str, Callable[[Plan], list[Timing]]] = {
+    "hopper": lambda plan: our_engine(plan, "hopper"),
+    "triton": lambda plan: our_engine(plan, "triton"),
+}
+
+
+def measure(name: str, plan: Plan, timeout: float) -> list[Timing] | str:
+    """One engine's times, measured in a process of its own, or why there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "times.json"
+        command = [
+            sys.executable,
+            "-m",
+            "container.serving.bench_gpu",
+            "--only",
+            name,
+            "--plan",
+            json.dumps(asdict(plan)),
+        ]
+        try:
+            done = subprocess.run([*command, "--json", str(out)], timeout=timeout, check=False)
+        except subprocess.TimeoutExpired:
+            return f"not done within {timeout:.0f} s"
+        if done.returncode or not out.is_file():
+            return f"failed with status {done.returncode}"
+        return [Timing(**row) for row in json.loads(out.read_text())]
+
+
+def table(results: dict[str, list[Timing] | str]) -> str:
+    """Markdown: a row for each context and batch, a column for each engine."""
+    lines = [
+        "# Decode speed of engines on a GPU",
+        "",
+        "Written by `python -m container.serving.bench --gpu`: "
+        + " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "",
+        f"Machine: {torch.cuda.get_device_name()}, torch {torch.__version__}. Milliseconds of a decode "
+        "step (one token for every sequence), median (99th percentile), and tokens a second.",
+        "",
+        "| context | batch | " + " | ".join(results) + " |",
+        "|---" * (2 + len(results)) + "|",
+    ]
+    measured = {
+        name: {(t.context, t.batch): t for t in r} for name, r in results.items() if not isinstance(r, str)
+    }
+    for context, batch in dict.fromkeys(point for times in measured.values() for point in times):
+        cells = []
+        for name in results:
+            t = measured.get(name, {}).get((context, batch))
+            cells.append(f"{t.median:.2f} ({t.p99:.2f}), {1e3 * batch / t.median:.0f}/s" if t else "-")
+        lines.append(f"| {context} | {batch} | {' | '.join(cells)} |")
+    failures = [f"- {name}: {reason}" for name, reason in results.items() if isinstance(reason, str)]
+    return "\n".join([*lines, *(["", *failures] if failures else [])]) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m container.serving.bench --gpu", description=__doc__)
+    parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), default=["hopper", "triton"])
+    parser.add_argument("--context", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--steps", type=int, default=64, help="decode steps measured")
+    parser.add_argument("--kernel-dir", help="compiled kernels; default: build them")
+    parser.add_argument("--profile", action="store_true", help="print the kernels' times")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for an engine")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("RESULTS_GPU.md"))
+    options = parser.parse_args(arguments)
+    plan = Plan(options.context, options.batch, options.steps, options.kernel_dir, options.profile)
+    results = {name: measure(name, plan, options.timeout) for name in options.engines}
+    text = table(results)
+    options.out.write_text(text)
+    print(text)
+    return 1 if any(isinstance(r, str) for r in results.values()) else 0
+
+
+def measure_here(arguments: Sequence[str]) -> int:
+    """The process of one engine: `--only NAME --plan JSON --json FILE`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", required=True)
+    parser.add_argument("--plan", required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    timings = ENGINES[options.only](Plan(**json.loads(options.plan)))
+    options.json.write_text(json.dumps([asdict(t) for t in timings]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(measure_here(sys.argv[1:]))
