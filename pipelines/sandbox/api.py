@@ -15,6 +15,7 @@ from typing import Any
 from pipelines.sandbox import shapes
 from pipelines.sandbox.calls import CallLog
 from pipelines.sandbox.errors import ServiceError, invalid, not_emulated
+from pipelines.sandbox.faults import Faults
 
 Action = Callable[[dict[str, Any]], dict[str, Any] | None]
 
@@ -37,6 +38,7 @@ class Api:
 
     account: Account
     actions: dict[str, Action] = field(default_factory=dict)
+    faults: Faults = field(default_factory=Faults)
     _note: Callable[[str, dict[str, Any]], None] = lambda action, params: None
 
     def register(self, actions: dict[str, Action]) -> None:
@@ -51,6 +53,7 @@ class Api:
         return Api(
             self.account,
             self.actions,
+            self.faults,
             lambda action, params: calls.add(caller, "sagemaker", action, params),
         )
 
@@ -67,6 +70,8 @@ class Api:
             if not shapes.knows(action):
                 raise ServiceError("UnknownOperationException", f"SageMaker has no action {action}.")
             raise not_emulated(f"sagemaker:{action}", f"It emulates: {', '.join(sorted(self.actions))}.")
+        if fault := self.faults.of_call(action):
+            raise fault
         found = [p for p in shapes.problems(action, params) if not p.startswith("Unknown Argument member")]
         if found:
             raise invalid(shapes.validation_message(found))

@@ -267,4 +267,4 @@ def _trouble(fleet: Fleet) -> str | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, ContainerFailure | RolledBack):
         return str(error)
-    return f"InternalServerError: the sandbox failed: {type(error).__name__}: {error}"
+    return f"SandboxFault: {type(error).__name__}: {error}"

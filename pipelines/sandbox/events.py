@@ -44,9 +44,9 @@ class Events:
         self._queue.put(None)
         self._thread.join(2.0)
 
-    def emit(self, detail_type: str, detail: dict[str, Any], resource: str) -> None:
+    def emit(self, detail_type: str, detail: dict[str, Any], *resources: str) -> None:
         """Publish an event of SageMaker itself; delivery happens in the background, as on AWS."""
-        self._queue.put(("default", self._event("aws.sagemaker", detail_type, detail, [resource])))
+        self._queue.put(("default", self._event("aws.sagemaker", detail_type, detail, list(resources))))
 
     def put_events(self, params: dict[str, Any]) -> dict[str, Any]:
         """events:PutEvents.
@@ -220,7 +220,11 @@ def execution_event(record: dict[str, Any], previous: str) -> dict[str, Any]:
 
 
 def step_event(execution: dict[str, Any], kind: str, step: dict[str, Any], previous: str) -> dict[str, Any]:
-    """Detail of ``SageMaker Model Building Pipeline Execution Step Status Change``."""
+    """Detail of ``SageMaker Model Building Pipeline Execution Step Status Change``.
+
+    Members as in the page above: `failureReason` is there when `currentStepStatus` is Failed, and
+    `cacheHitResult` when the step's result was found in the cache.
+    """
     metadata = {_lower(k): {_lower(m): v for m, v in d.items()} for k, d in step.get("Metadata", {}).items()}
     detail = {
         "metadata": metadata,
@@ -234,6 +238,8 @@ def step_event(execution: dict[str, Any], kind: str, step: dict[str, Any], previ
     }
     if "EndTime" in step:
         detail["stepEndTime"] = iso_time(step["EndTime"])
+    if "CacheHitResult" in step:
+        detail["cacheHitResult"] = {_lower(k): v for k, v in step["CacheHitResult"].items()}
     if "FailureReason" in step:
         detail["failureReason"] = step["FailureReason"]
     return detail

@@ -216,7 +216,7 @@ class Executions:
             self._run(execution)
         except Exception as error:  # a fault of the sandbox itself must still end the execution, and say so
             _log.exception("execution %s", execution.arn)
-            reason = f"InternalServerError: the sandbox failed: {type(error).__name__}: {error}"
+            reason = f"SandboxFault: {type(error).__name__}: {error}"
             self.set_status(execution, "Failed", reason)
 
     def _retry(self, params: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,11 @@ from pipelines.sandbox.caching import cache_key, parse_duration
 from pipelines.sandbox.errors import ServiceError
 from pipelines.sandbox.executions import MAX_REASON, Execution, Executions, StepState
 from pipelines.sandbox.expressions import ExpressionError
+from pipelines.sandbox.retries import Retries
 from pipelines.sandbox.steps import Running, StepFailed, Steps
 from pipelines.sandbox.validation import Node, graph
 
+_log = logging.getLogger(__name__)
 _TRIGGERED_BY = {
     "Completed": ("Succeeded",),
     "Failed": ("Failed",),
@@ -87,6 +90,7 @@ class Interpreter:
         steps: what a step of each type does.
         executions: where the status is kept and earlier executions are found.
         on_step: told of a step's type, record and previous status when it starts and when it ends.
+        retry_scale: seconds that stand for one second of a retry policy.
     """
 
     def __init__(
@@ -96,9 +100,10 @@ class Interpreter:
         executions: Executions,
         backends: Backends,
         on_step: Callable[[Execution, str, dict[str, Any], str], None],
+        retry_scale: float = 1.0,
     ) -> None:
         self._execution, self._steps, self._executions = execution, steps, executions
-        self._on_step = on_step
+        self._on_step, self._retry_scale = on_step, retry_scale
         self._nodes = graph(json.loads(execution.definition))
         self._scope = ExecutionScope(execution, self._nodes, backends)
         self._running: dict[str, Running] = {}
@@ -154,15 +159,13 @@ class Interpreter:
     def _run_step(self, node: Node, running: Running) -> None:
         state, failure = running.state, None
         try:
-            state.properties = self._from_cache(node, state) or self._steps.run(
-                node.step, self._scope, running
-            )
+            state.properties = self._from_cache(node, state) or self._try(node, running)
         except (StepFailed, ExpressionError) as error:
             failure = str(error)
         except ServiceError as error:
             failure = f"ClientError: {error.code}: {error.message}"
         except Exception as error:  # a fault of the sandbox itself must end the step, and say so
-            failure = f"InternalServerError: the sandbox failed: {type(error).__name__}: {error}"
+            failure = f"SandboxFault: {type(error).__name__}: {error}"
         with self._execution.changed:
             previous = state.status
             state.record["EndTime"] = now()
@@ -175,6 +178,23 @@ class Interpreter:
             self._on_step(self._execution, node.step["Type"], dict(state.record), previous)
             del self._running[node.name]
             self._execution.changed.notify_all()
+
+    def _try(self, node: Node, running: Running) -> Any:
+        """Run the step, again and again while its retry policies say so; its properties."""
+        retries = Retries(node.step, self._retry_scale)
+        while True:
+            try:
+                return self._steps.run(node.step, self._scope, running)
+            except StepFailed as failure:
+                pause = None if running.stopping else retries.pause_s(failure.kind)
+                if pause is None:
+                    raise
+                _log.info("step %s is tried again in %g s: %s", node.name, pause, failure)
+                if self._execution.stop_wanted.wait(pause):
+                    running.stopping = True
+                    raise
+                with self._execution.changed:
+                    running.state.record["AttemptCount"] += 1
 
     def _from_cache(self, node: Node, state: StepState) -> Any:
         config = node.step.get("CacheConfig") or {}

@@ -8,6 +8,7 @@ from typing import Any
 from pipelines.sandbox.api import Account, Tags, created_within, now, ordered, page
 from pipelines.sandbox.containers import Container, ContainerFailure, Runtime
 from pipelines.sandbox.errors import ServiceError, invalid, not_emulated, not_found
+from pipelines.sandbox.faults import Faults
 from pipelines.sandbox.logs import PROCESSING_GROUP
 
 _SUMMARY = (
@@ -49,8 +50,8 @@ class Job:
 class ProcessingJobs:
     """The processing jobs of the account."""
 
-    def __init__(self, account: Account, runtime: Runtime, tags: Tags) -> None:
-        self._account, self._runtime, self._tags = account, runtime, tags
+    def __init__(self, account: Account, runtime: Runtime, tags: Tags, faults: Faults) -> None:
+        self._account, self._runtime, self._tags, self._faults = account, runtime, tags, faults
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
 
@@ -145,7 +146,7 @@ class ProcessingJobs:
         except ContainerFailure as failure:
             outcome = {"ProcessingJobStatus": "Failed", "FailureReason": str(failure)[:MAX_REASON]}
         except Exception as error:  # a fault of the sandbox itself must still end the job, and say so
-            reason = f"InternalServerError: the sandbox failed: {type(error).__name__}: {error}"
+            reason = f"SandboxFault: {type(error).__name__}: {error}"  # no InternalServerError: never retried
             outcome = {"ProcessingJobStatus": "Failed", "FailureReason": reason[:MAX_REASON]}
         finally:
             container.remove()
@@ -158,6 +159,8 @@ class ProcessingJobs:
 
     def _execute(self, job: Job, container: Container) -> dict[str, Any]:
         record = job.record
+        if reason := self._faults.of_job():
+            raise ContainerFailure(reason)
         channels = [i for i in record.get("ProcessingInputs", []) if "S3Input" in i]
         for channel in channels:
             source = channel["S3Input"]

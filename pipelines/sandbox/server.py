@@ -28,6 +28,7 @@ from pipelines.sandbox.events import (
     step_event,
 )
 from pipelines.sandbox.executions import Execution, Executions
+from pipelines.sandbox.faults import Faults
 from pipelines.sandbox.front import Answer, Front
 from pipelines.sandbox.interpreter import Interpreter
 from pipelines.sandbox.invocations import Invocations
@@ -68,9 +69,11 @@ class Sandbox:
         isolation: ``bubblewrap``, ``unshare`` or ``environment``; the strongest that works by default.
         grace_s: seconds between SIGTERM and SIGKILL.
         startup_s: replaces every variant's health-check timeout, whose smallest value in the API is 60 s.
+        retry_scale: seconds that stand for one second of a step's retry policies.
 
     Attributes:
         events: the event bus; ``events.copies = 2`` delivers every event twice.
+        faults: throttled calls, jobs without capacity and their like, on demand.
         calls: what was asked of this account, and by whom.
     """
 
@@ -86,12 +89,13 @@ class Sandbox:
         isolation: str | None = None,
         grace_s: float = 5.0,
         startup_s: float | None = None,
+        retry_scale: float = 1.0,
     ) -> None:
         self.account = Account(region=region)
         self._state_dir, self._port, self._code = Path(state_dir).resolve(), port, code
         self._job_environment = dict(job_environment or {})
         self._serve_command, self._grace_s, self._startup_s = list(serve_command), grace_s, startup_s
-        self._isolation = choose(isolation)
+        self._isolation, self._retry_scale = choose(isolation), retry_scale
         self._server: BaseWSGIServer | None = None
 
     @property
@@ -156,7 +160,8 @@ class Sandbox:
         os.environ.setdefault("MOTO_S3_DEFAULT_KEY_BUFFER_SIZE", str(1 << 20))
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
-        api, tags, backends = Api(self.account), Tags(), Backends(self.account)
+        self.faults = Faults()
+        api, tags, backends = Api(self.account, faults=self.faults), Tags(), Backends(self.account)
         backends.reset()
         self._clear_scratch()  # of a sandbox that was killed
         moto = DomainDispatcherApplication(create_backend_app)
@@ -191,13 +196,15 @@ class Sandbox:
             account, runtime, models, configs, tags, self._serve_command, self._startup_s, self._on_endpoint
         )
         self._invocations = Invocations(account, self._endpoints, Capture(backends))
-        self._jobs = ProcessingJobs(account, runtime, tags)
+        self._jobs = ProcessingJobs(account, runtime, tags, self.faults)
         pipelines = Pipelines(account, backends, tags)
         steps = Steps(steps_api, self._jobs.wait, self._endpoints.wait)
         self._executions = Executions(
             account,
             pipelines,
-            lambda execution: Interpreter(execution, steps, self._executions, backends, self._on_step).run(),
+            lambda execution: Interpreter(
+                execution, steps, self._executions, backends, self._on_step, self._retry_scale
+            ).run(),
             self._on_execution,
         )
         for part in (
@@ -229,12 +236,13 @@ class Sandbox:
 
     def _on_execution(self, execution: Execution, previous: str) -> None:
         detail = execution_event(execution.record, previous)
-        self.events.emit("SageMaker Model Building Pipeline Execution Status Change", detail, execution.arn)
+        title = "SageMaker Model Building Pipeline Execution Status Change"
+        self.events.emit(title, detail, execution.record["PipelineArn"], execution.arn)
 
     def _on_step(self, execution: Execution, kind: str, record: dict[str, Any], previous: str) -> None:
         detail = step_event(execution.record, kind, record, previous)
         title = "SageMaker Model Building Pipeline Execution Step Status Change"
-        self.events.emit(title, detail, execution.arn)
+        self.events.emit(title, detail, execution.record["PipelineArn"], execution.arn)
 
     def _on_package(self, record: dict[str, Any]) -> None:
         detail = model_package_event(record)

@@ -12,6 +12,7 @@ from pipelines.sandbox.api import Api
 from pipelines.sandbox.errors import ServiceError
 from pipelines.sandbox.executions import Execution, StepState
 from pipelines.sandbox.expressions import Scope, evaluate, resolve
+from pipelines.sandbox.retries import kind_of_error, kind_of_job_failure
 
 _NAME_MEMBERS = {
     "Processing": "ProcessingJobName",
@@ -22,7 +23,11 @@ MAX_NAME = 63
 
 
 class StepFailed(Exception):
-    """Why a step failed: its FailureReason."""
+    """Why a step failed: its FailureReason, and the exception type by which a retry policy knows it."""
+
+    def __init__(self, reason: str, kind: str | None = None) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class Running:
@@ -97,9 +102,8 @@ class Steps:
         running.executing(lambda: self._stop_job(name), ProcessingJob={"Arn": arn})
         job = self._wait_for_job(name)
         if job["ProcessingJobStatus"] != "Completed":
-            raise StepFailed(
-                job.get("FailureReason", f"ClientError: The job was {job['ProcessingJobStatus']}.")
-            )
+            reason = job.get("FailureReason", f"ClientError: The job was {job['ProcessingJobStatus']}.")
+            raise StepFailed(reason, kind_of_job_failure(reason))
         return job
 
     def _stop_job(self, name: str) -> None:
@@ -164,9 +168,8 @@ class Steps:
         try:
             return self._api.call(action, request)
         except ServiceError as error:
-            raise StepFailed(
-                f"ClientError: Failed to invoke sagemaker:{action}. Error Details: {error.message}"
-            ) from None
+            reason = f"ClientError: Failed to invoke sagemaker:{action}. Error Details: {error.message}"
+            raise StepFailed(reason, kind_of_error(error)) from None
 
 
 def _resource_name(step: str, execution: Execution) -> str:

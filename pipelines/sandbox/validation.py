@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.sandbox import shapes
+from pipelines.sandbox import retries, shapes
 from pipelines.sandbox.errors import invalid, not_emulated, unparsable
 from pipelines.sandbox.expressions import CONDITION_TYPES, ExpressionError, Reference, references
 from pipelines.sandbox.parameters import check_declarations
@@ -126,6 +126,7 @@ def _check_step(step: Any) -> str:
         raise not_emulated(f"pipeline steps of type '{kind}'", hint)
     if not isinstance(step.get("Arguments"), dict):
         raise unparsable(f"Step '{name}' has no Arguments object.")
+    retries.check(step)
     return name
 
 

@@ -22,6 +22,7 @@ NO_RESOURCE_LEVEL = {
     "ec2:DescribeVpcs",
     "ecr:GetAuthorizationToken",
 }
+WITHOUT_SOURCE_ARN = {"lambda.amazonaws.com"}  # not documented to send it when it assumes a role
 IDENTITY = ("AWS::IAM::Role", "AWS::IAM::ManagedPolicy")
 
 
@@ -166,6 +167,8 @@ def trust_names_the_source(stack: Stack, every: list[Place]) -> Iterator[str]:
             sources = place.condition_values("aws:SourceArn")
             if not place.services() or place.condition_values("aws:SourceAccount") != [ACCOUNT]:
                 yield f"{place}: trust one service, with aws:SourceAccount"
+            if set(place.services()) <= WITHOUT_SOURCE_ARN:
+                continue
             if not sources or any(arn.split(":")[4] != ACCOUNT for arn in sources):
                 yield f"{place}: name this account's resource in aws:SourceArn"
 

@@ -164,6 +164,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         serve_command=[sys.executable, str(SERVER)],
         grace_s=2.0,
         startup_s=4.0,
+        retry_scale=0.001,
     ) as running:
         yield running
 

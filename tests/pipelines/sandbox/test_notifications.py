@@ -54,6 +54,38 @@ def test_a_failed_step_and_its_execution_are_told_in_words(aws: Aws, name: str) 
     assert arn in execution
 
 
+def test_a_steps_event_is_the_documented_one(aws: Aws, name: str) -> None:
+    """docs.aws.amazon.com/sagemaker/latest/dg/automating-sagemaker-with-eventbridge.html, pipeline step."""
+    aws.create(name, [aws.script("Bad", "raise SystemExit(1)")])
+    sqs, events = aws.client("sqs"), aws.client("events")
+    queue = sqs.create_queue(QueueName=name)["QueueUrl"]
+    address = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    title = "SageMaker Model Building Pipeline Execution Step Status Change"
+    pattern = {"detail-type": [title], "detail": {"currentStepStatus": ["Failed"], "stepName": ["Bad"]}}
+    events.put_rule(Name=name, EventPattern=json.dumps(pattern))
+    events.put_targets(Rule=name, Targets=[{"Id": "q", "Arn": address}])
+    execution = aws.start(name)
+    aws.wait(execution)
+    (message,) = sqs.receive_message(QueueUrl=queue, WaitTimeSeconds=5)["Messages"]
+    event = json.loads(message["Body"])
+    pipeline = execution.partition("/execution/")[0]
+    assert event["resources"] == [pipeline, execution]
+    assert set(event["detail"]) == {
+        "metadata",
+        "stepStartTime",
+        "stepEndTime",
+        "stepName",
+        "stepType",
+        "previousStepStatus",
+        "currentStepStatus",
+        "pipelineArn",
+        "pipelineExecutionArn",
+        "failureReason",
+    }
+    assert set(event["detail"]["metadata"]) == {"processingJob"}
+    assert set(event["detail"]["metadata"]["processingJob"]) == {"arn"}
+
+
 def test_a_gate_says_its_own_words(aws: Aws, name: str) -> None:
     words = "The release misses a limit"
     aws.create(
