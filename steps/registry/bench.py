@@ -1,6 +1,6 @@
 """Measure the download: rate and peak memory against a raw copy of the same bytes by the same HTTP client.
 
-    python -m steps.registry.bench URL --bytes N --out DIR [--raw [--workers 1]]
+    python -m steps.registry.bench URL --bytes N --out DIR [--raw [--hash] [--workers 1]]
 
 One mode a process, so that each has its own peak memory. Prints one JSON line.
 """
@@ -8,6 +8,7 @@ One mode a process, so that each has its own peak memory. Prints one JSON line.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import sys
@@ -35,8 +36,12 @@ class UrlStore(HttpStore):
         return Location(self._url, {"x-stand-in": "1"})
 
 
-def copy_raw(url: str, size: int, files: int, out: Path, workers: int) -> None:
-    """The same ranges by the same client and threads, only written: no resume, no check, no hash."""
+def copy_raw(url: str, size: int, files: int, out: Path, workers: int, hashed: bool = False) -> None:
+    """The same ranges by the same client and threads, only written: no resume, no check, no hash.
+
+    With `hashed`, each thread also feeds what it has in hand to a SHA-256 of its own. That verifies nothing,
+    since a file's hash needs its bytes in order, but no download that hashes every byte can cost less.
+    """
     targets = [out / f"raw-{index}" for index in range(files)]
     for target in targets:
         with target.open("wb") as stream:
@@ -45,6 +50,7 @@ def copy_raw(url: str, size: int, files: int, out: Path, workers: int) -> None:
     lock, session = threading.Lock(), requests.Session()
 
     def work() -> None:
+        digest = hashlib.sha256()
         while True:
             with lock:
                 if not parts:
@@ -58,6 +64,8 @@ def copy_raw(url: str, size: int, files: int, out: Path, workers: int) -> None:
                 stream.seek(start)
                 while chunk := answer.raw.read(CHUNK, decode_content=False):
                     stream.write(chunk)
+                    if hashed:
+                        digest.update(chunk)
 
     threads = [threading.Thread(target=work) for _ in range(workers)]
     for thread in threads:
@@ -75,11 +83,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--raw", action="store_true", help="the yardstick instead of the downloader")
+    parser.add_argument("--hash", action="store_true", help="with --raw: SHA-256 of each chunk in memory")
     args = parser.parse_args(argv)
     before, started = _peak(), time.perf_counter()
     result: dict[str, Any] = {}
     if args.raw:
-        copy_raw(args.url, args.bytes, args.files, args.out, args.workers)
+        copy_raw(args.url, args.bytes, args.files, args.out, args.workers, args.hash)
     else:
         files = [RemoteFile(f"model-{index}.safetensors", args.bytes) for index in range(args.files)]
         progress = Progress(args.bytes * args.files, report=lambda line: print(line, file=sys.stderr))
