@@ -13,22 +13,39 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import uvicorn
 
+from container.serving.base_engine import BaseEngine
 from container.serving.engine import Engine, Options
 from container.serving.kernel_download import download_kernel
 from container.serving.server import create_app
 from container.serving.settings import ServerSettings, SettingsError
+from container.serving.vllm_engine.arguments import VllmOptions
+from container.serving.vllm_engine.engine import VllmEngine
 
 DRAIN_SECONDS = 25  # SageMaker kills 30 s after SIGTERM
 # Longer than a client's pool keeps a connection: a server that closes first may close on a request just sent.
 KEEP_ALIVE_SECONDS = 75
 
 
-def load(settings: ServerSettings) -> Engine:
+def load(settings: ServerSettings) -> BaseEngine:
     """The engine that the settings describe; downloads the kernel first when they say where from."""
     kernel_dir = settings.kernel_dir
     if settings.kernel_s3_uri:
         kernel_dir = Path(tempfile.mkdtemp(prefix="mla-kernel-"))
         download_kernel(settings.kernel_s3_uri, kernel_dir, settings.kernel_sha256)
+    if settings.engine == "vllm":
+        return VllmEngine.load(
+            settings.model_dir,
+            kernel_dir,
+            backend=settings.backend,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            options=VllmOptions(
+                max_batch=settings.max_batch,
+                max_model_len=settings.max_model_len,
+                cache_tokens=settings.cache_tokens,
+                tensor_parallel=settings.tensor_parallel,
+                pipeline_parallel=settings.pipeline_parallel,
+            ),
+        )
     return Engine.load(
         settings.model_dir,
         kernel_dir,

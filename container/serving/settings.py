@@ -7,6 +7,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 KERNEL_S3_URI = "MLA_KERNEL_S3_URI"
+ENGINES = ("native", "vllm")
 
 
 class SettingsError(ValueError):
@@ -21,6 +22,9 @@ class ServerSettings:
     kernel_dir: Path | None
     kernel_s3_uri: str | None = None  # where to download the kernel from; only without a folder
     kernel_sha256: str = ""
+    engine: str = "native"
+    tensor_parallel: int = 1  # of engine vllm
+    pipeline_parallel: int = 1
     backend: str = "auto"
     kv_cache_dtype: str = "bfloat16"
     port: int = 8080
@@ -55,11 +59,23 @@ class ServerSettings:
                 raise SettingsError(f"{name} is {text!r}, expected a positive whole number")
             return int(text)
 
+        engine = env.get("MLA_ENGINE") or "native"
+        if engine not in ENGINES:
+            raise SettingsError(f"MLA_ENGINE is {engine!r}, expected {' or '.join(ENGINES)}")
+        parallel = number("MLA_TENSOR_PARALLEL", 1) or 1, number("MLA_PIPELINE_PARALLEL", 1) or 1
+        if engine == "native" and parallel != (1, 1):
+            raise SettingsError(
+                "MLA_TENSOR_PARALLEL and MLA_PIPELINE_PARALLEL belong to MLA_ENGINE=vllm; the native engine "
+                "uses one GPU"
+            )
         return cls(
             model_dir=root / "model",
             kernel_dir=kernels if kernels.is_dir() else None,
             kernel_s3_uri=uri if uri and not kernels.is_dir() else None,
             kernel_sha256=env.get("MLA_KERNEL_SHA256") or "",
+            engine=engine,
+            tensor_parallel=parallel[0],
+            pipeline_parallel=parallel[1],
             backend=env.get("MLA_KERNEL_BACKEND") or "auto",
             kv_cache_dtype=env.get("MLA_KV_CACHE_DTYPE") or "bfloat16",
             port=number("SAGEMAKER_BIND_TO_PORT", 8080) or 8080,
