@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import Backend, KernelPackage, get_backend
+from kernels import Backend, BackendError, KernelPackage, get_backend
 from kernels.build import cached_package
 from kernels.compiled import CompiledBackend
 from kernels.workloads import make_inputs
@@ -48,12 +48,26 @@ def isa_backend(
     return make
 
 
-@pytest.fixture(params=["reference", "cpu", pytest.param("hopper", marks=pytest.mark.gpu)])
+GPU = torch.cuda.is_available()
+# Here triton is its interpreter.
+BACKENDS = [
+    "reference",
+    "cpu",
+    pytest.param("triton", marks=[pytest.mark.gpu] if GPU else []),
+    pytest.param("hopper", marks=pytest.mark.gpu),
+    pytest.param("flash_mla", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every backend that the one correctness suite covers."""
-    if request.param == "hopper" and not torch.cuda.is_available():
+    if request.param in ("hopper", "flash_mla") and not GPU:
         pytest.skip("no GPU")
-    return get_backend(request.param)
+    try:
+        return get_backend(request.param)
+    except BackendError as error:
+        pytest.skip(str(error))
 
 
 FAKE_COMPILER = """#!/bin/sh

@@ -20,7 +20,12 @@ CASES = [case.name for case in correctness_cases(h_q=1)]
 
 
 def device_of(backend: Backend) -> str:
-    return "cpu" if backend.name in ("cpu", "reference") else "cuda"
+    return "cpu" if backend.name in ("cpu", "reference") or not torch.cuda.is_available() else "cuda"
+
+
+def interpreted(backend: Backend) -> bool:
+    """Triton's interpreter computes a program at a time, some thousand times slower than a device."""
+    return backend.name == "triton" and not torch.cuda.is_available()
 
 
 def skip_unsupported(backend: Backend, problem: Problem) -> None:
@@ -47,6 +52,8 @@ def test_agrees_with_the_definition(
 @pytest.mark.parametrize("h_q", [1, 2, 3, 4, 7, 16, 33, 64, 128])
 @pytest.mark.parametrize("s_q", [1, 4])
 def test_any_number_of_heads(backend: Backend, h_q: int, s_q: int) -> None:
+    if interpreted(backend) and h_q > 4:
+        pytest.skip("too slow in Triton's interpreter")
     for case in correctness_cases(h_q=h_q, long=300):
         if case.s_q == s_q and "row" not in case.name:
             result = run_case(backend, case, seed=h_q, device=device_of(backend))
@@ -114,6 +121,8 @@ def test_query_does_not_see_a_later_token_even_if_nan(backend: Backend) -> None:
 
 def test_same_inputs_give_same_bits(backend: Backend) -> None:
     for lengths, h_q in (([5000], 4), ([700, 3, 0, 2000], 16)):
+        if interpreted(backend):
+            lengths = lengths[:3] if len(lengths) > 1 else [1300]
         inputs = make_inputs(lengths, h_q=h_q, device=device_of(backend), seed=7)
         first = backend(*inputs.arguments())
         for _ in range(4):
