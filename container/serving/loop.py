@@ -1,7 +1,6 @@
 """Connects asyncio requests with the engine's own thread: submissions one way, tokens the other."""
 
 import asyncio
-import itertools
 import logging
 import threading
 import time
@@ -28,32 +27,40 @@ class Stopped(RuntimeError):
     """The engine takes no more requests."""
 
 
-class Stream:
-    """The steps of one sequence as they happen. Leaving the `async with` early cancels the sequence."""
+class Streams:
+    """The steps of one request's sequences as they happen, each with its sequence's index.
 
-    def __init__(self, loop: "EngineLoop", sequence: Sequence):
-        self.sequence = sequence
+    With `ends_only` just the last step of each comes: a whole answer needs no other, and every one of them
+    would wake the event loop. Leaving the `async with` early cancels what has not ended.
+    """
+
+    def __init__(self, loop: "EngineLoop", sequences: list[Sequence], ends_only: bool):
+        self.sequences, self.ends_only = sequences, ends_only
+        self.home = asyncio.get_running_loop()
         self._loop = loop
-        self._queue: asyncio.Queue[Step] = asyncio.Queue()
-        self._home = asyncio.get_running_loop()
-        self._done = False
+        self._queue: asyncio.Queue[tuple[int, Step] | None] = asyncio.Queue()
+        self._open = set(range(len(sequences)))
 
-    def deliver(self, step: Step) -> None:
-        """Called on the engine's thread."""
-        self._home.call_soon_threadsafe(self._queue.put_nowait, step)
+    def put(self, index: int, step: Step) -> None:
+        """Called on the event loop."""
+        self._queue.put_nowait((index, step))
 
-    async def __aenter__(self) -> "Stream":
+    def leave(self) -> None:
+        """Ends the iteration: nobody wants the rest."""
+        self._queue.put_nowait(None)
+
+    async def __aenter__(self) -> "Streams":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if not self._done:
-            self._loop.cancel(self)
+        for index in self._open:
+            self._loop.cancel(self.sequences[index])
 
-    async def __aiter__(self) -> AsyncIterator[Step]:
-        while not self._done:
-            step = await self._queue.get()
-            self._done = step.finish_reason is not None
-            yield step
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Step]]:
+        while self._open and (event := await self._queue.get()) is not None:
+            if event[1].finish_reason is not None:
+                self._open.discard(event[0])
+            yield event
 
 
 class EngineLoop:
@@ -61,11 +68,10 @@ class EngineLoop:
 
     def __init__(self, engine: BaseEngine, metrics: Metrics, max_queue: int):
         self.engine, self.metrics, self.max_queue = engine, metrics, max_queue
-        self._inbox: deque[tuple[str, Stream]] = deque()
-        self._streams: dict[int, Stream] = {}
+        self._inbox: deque[tuple[str, Sequence]] = deque()
+        self._homes: dict[Sequence, tuple[Streams, int]] = {}
         self._wake = threading.Event()
         self._stopping = self._failed = False
-        self._pending = 0  # submitted, not yet running or finished
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -78,20 +84,26 @@ class EngineLoop:
         self._thread.join(timeout)
         self.engine.close()
 
-    def submit(self, prompts: Many[str | list[int]], sampling: Many[Sampling]) -> list[Stream]:
-        """One stream for each prompt, all or none. Raises BadRequest or Overloaded."""
+    def submit(
+        self, prompts: Many[str | list[int]], sampling: Many[Sampling], ends_only: bool = False
+    ) -> Streams:
+        """Queues one sequence for each prompt, all or none. Raises BadRequest, Overloaded or Stopped."""
         if self._failed or self._stopping:
             raise Stopped("the engine has stopped; try another instance")
         waiting = self.engine.waiting + len(self._inbox)
         if waiting + len(prompts) > self.max_queue:
             raise Overloaded(waiting, self._retry_after(waiting))
-        streams = [Stream(self, self.engine.prepare(p, s)) for p, s in zip(prompts, sampling, strict=True)]
-        self._inbox.extend(("add", stream) for stream in streams)
+        sequences = [self.engine.prepare(p, s) for p, s in zip(prompts, sampling, strict=True)]
+        streams = Streams(self, sequences, ends_only)
+        for index, sequence in enumerate(sequences):
+            self._homes[sequence] = streams, index
+        self._inbox.extend(("add", sequence) for sequence in sequences)
         self._wake.set()
         return streams
 
-    def cancel(self, stream: Stream) -> None:
-        self._inbox.append(("cancel", stream))
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence early, between two steps."""
+        self._inbox.append(("cancel", sequence))
         self._wake.set()
 
     def _retry_after(self, waiting: int) -> int:
@@ -110,10 +122,10 @@ class EngineLoop:
         except Exception:
             self._failed = not self._stopping
             log.exception("the engine's thread failed; the server reports itself unhealthy")
-        for stream in itertools.chain(self._streams.values(), (s for _, s in self._inbox)):
-            stream.sequence.error = "the engine has stopped"
-            stream.sequence.finish_reason = "error" if self._failed else "abort"
-            stream.deliver(Step(stream.sequence, None, "", stream.sequence.finish_reason))
+        reason = "error" if self._failed else "abort"
+        for sequence in list(self._homes):
+            sequence.error, sequence.finish_reason = "the engine has stopped", reason
+        self._deliver([Step(sequence, None, "", reason) for sequence in list(self._homes)])
 
     def _serve(self) -> None:
         while not self._stopping:
@@ -124,25 +136,34 @@ class EngineLoop:
                 continue
             started = time.monotonic()
             steps = self.engine.step()
-            self.metrics.step(self.engine, steps, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._deliver(steps)
+            self.metrics.step(self.engine, steps, seconds)
             for step in steps:
-                self._deliver(step)
+                if step.finish_reason is not None:
+                    self.metrics.finished(step.sequence)
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            action, stream = self._inbox.popleft()
+            action, sequence = self._inbox.popleft()
             if action == "add":
-                self._streams[stream.sequence.id] = stream
-                self.engine.enqueue(stream.sequence)
-            elif self._streams.pop(stream.sequence.id, None):
-                self.engine.abort(stream.sequence)
-                self.metrics.finished(stream.sequence)
+                self.engine.enqueue(sequence)
+            elif self._homes.pop(sequence, None):
+                self.engine.abort(sequence)
+                self.metrics.finished(sequence)
 
-    def _deliver(self, step: Step) -> None:
-        if step.finish_reason is not None:
-            self.metrics.finished(step.sequence)
-            stream = self._streams.pop(step.sequence.id, None)
-        else:
-            stream = self._streams.get(step.sequence.id)
-        if stream is not None:
-            stream.deliver(step)
+    def _deliver(self, steps: Many[Step]) -> None:
+        """Hands steps to their requests; an event loop is woken once for all of them."""
+        wanted: dict[asyncio.AbstractEventLoop, list[tuple[Streams, int, Step]]] = {}
+        for step in steps:
+            ended = step.finish_reason is not None
+            home = self._homes.pop(step.sequence, None) if ended else self._homes.get(step.sequence)
+            if home is not None and (ended or not home[0].ends_only):
+                wanted.setdefault(home[0].home, []).append((*home, step))
+        for loop, events in wanted.items():
+            loop.call_soon_threadsafe(_put_all, events)
+
+
+def _put_all(events: Many[tuple[Streams, int, Step]]) -> None:
+    for streams, index, step in events:
+        streams.put(index, step)

@@ -1,8 +1,8 @@
 """The JSON of requests and answers: OpenAI completions and chat, and MLflow's scoring format."""
 
 import json
+import random
 import time
-import uuid
 from collections.abc import Sequence as Many
 from typing import Any, Literal
 
@@ -175,7 +175,8 @@ class Answer:
 
     def __init__(self, chat: bool, model: str, tokenizer: Tokenizer, token_ids: bool):
         self.chat, self.model, self.tokenizer, self.token_ids = chat, model, tokenizer, token_ids
-        self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+        # not from the system's randomness: reading it lets go of the interpreter just when the engine starts
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{random.getrandbits(128):032x}"
         self.created = int(time.time())
 
     def whole(self, sequences: Many[Sequence]) -> dict[str, Any]:
@@ -248,7 +249,3 @@ def usage(sequences: Many[Sequence]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(s.reused for s in sequences)},
     }
-
-
-def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

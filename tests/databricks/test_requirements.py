@@ -83,7 +83,7 @@ def test_a_line_that_is_no_requirement(tmp_path: Path) -> None:
 
 def test_the_image_has_the_serve_extra_and_what_it_pulls_in() -> None:
     versions = image_versions()
-    assert {"python", "torch", "fastapi", "uvicorn", "starlette", "safetensors"} <= versions.keys()
+    assert {"python", "torch", "uvicorn", "starlette", "safetensors"} <= versions.keys()
     assert not {"mlflow", "sagemaker", "pytest", "moto"} & versions.keys()
 
 

@@ -1,0 +1,88 @@
+"""From a parsed request to its response: queues the sequences and answers whole or as server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from container.serving import protocol
+from container.serving.errors import GenerationFailed, error_body
+from container.serving.loop import EngineLoop, Streams
+from container.serving.protocol import Answer, ChatRequest, CompletionRequest
+from container.serving.sequence import BadRequest
+
+
+async def answer(
+    loop: EngineLoop, model: str, http: Request, request: CompletionRequest | ChatRequest
+) -> Response:
+    """OpenAI's JSON, or events of it when the request asks for a stream. `model` is the name served."""
+    streams = _submit(loop, model, request)
+    build = Answer(isinstance(request, ChatRequest), model, loop.engine.tokenizer, request.return_token_ids)
+    if request.stream:
+        with_usage = bool(request.stream_options and request.stream_options.include_usage)
+        return StreamingResponse(_events(build, streams, with_usage), media_type="text/event-stream")
+    await _collect(http, streams)
+    return JSONResponse(build.whole(streams.sequences))
+
+
+async def predictions(loop: EngineLoop, model: str, http: Request, request: CompletionRequest) -> Response:
+    """MLflow's JSON: the text of every prompt."""
+    streams = _submit(loop, model, request)
+    await _collect(http, streams)
+    return JSONResponse({"predictions": [s.detokenizer.text for s in streams.sequences]})
+
+
+def _submit(loop: EngineLoop, model: str, request: CompletionRequest | ChatRequest) -> Streams:
+    if request.model is not None and request.model != model:
+        raise BadRequest(f"model {request.model!r} is not served here, it is {model!r}", "model")
+    if isinstance(request, ChatRequest):
+        messages = [m.plain() for m in request.messages]
+        prompts: list[str | list[int]] = [loop.engine.tokenizer.chat_prompt(messages)]
+    else:
+        prompts = request.prompts()
+    if not 1 <= len(prompts) * request.n <= protocol.MAX_PROMPTS:
+        raise BadRequest(
+            f"{len(prompts)} prompts times n={request.n}, expected 1..{protocol.MAX_PROMPTS}", "prompt"
+        )
+    copies = [prompt for prompt in prompts for _ in range(request.n)]
+    return loop.submit(copies, request.samplings(len(prompts)), ends_only=not request.stream)
+
+
+async def _collect(http: Request, streams: Streams) -> None:
+    """Waits for all sequences. A client that goes away cancels them; a failed one fails the request."""
+
+    async def leave_with_the_client() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        streams.leave()
+
+    watch = asyncio.create_task(leave_with_the_client())
+    try:
+        async with streams:
+            async for _ in streams:
+                pass
+    finally:
+        watch.cancel()
+    for sequence in streams.sequences:
+        if sequence.finish_reason == "error":
+            raise GenerationFailed(sequence.error or "generation failed")
+
+
+async def _events(build: Answer, streams: Streams, with_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events of all sequences as they come, then [DONE]."""
+    unsent = [0] * len(streams.sequences)  # tokens whose text was held back
+    async with streams:
+        async for index, step in streams:
+            unsent[index] += step.token_id is not None
+            if step.finish_reason == "error":
+                body = error_body(step.sequence.error or "generation failed", "server_error")
+                yield f"data: {json.dumps(body)}\n\n"
+            elif step.text or step.finish_reason or build.token_ids:
+                event = build.chunk(index, step.sequence, step.text, unsent[index], step.finish_reason)
+                unsent[index] = 0
+                yield f"data: {json.dumps(event)}\n\n"
+        if with_usage:
+            yield f"data: {json.dumps(build.final_usage(streams.sequences))}\n\n"
+        yield "data: [DONE]\n\n"
