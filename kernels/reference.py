@@ -108,18 +108,20 @@ def mla_decode_absorbed(
     causal: bool = False,
     compute_dtype: torch.dtype | None = None,
     attend: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator as two batched matrix products in `compute_dtype` (default: the cache's, so the fastest).
 
     Shapes as in `mla_decode_reference`; out has q's dtype, lse is float32. Rows are padded to the longest one
     and masked only where lengths differ; pages that no row uses are never read. With a 16-bit `compute_dtype`
     torch rounds the scores to 16 bits: that is the baseline's speed and its error; torch.float32 is accurate.
-    `attend` replaces the tensor part, for `compiled_absorbed`.
+    `attend` replaces the tensor part, for `compiled_absorbed`. `length` says that every row has that many
+    tokens: nothing is then read back from a GPU.
     """
     b, s_q, h_q, width = q.shape
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     page_size = k_cache.shape[1]
-    longest = int(cache_seqlens.max()) if b else 0
+    longest = length if length is not None else int(cache_seqlens.max()) if b else 0
     if longest <= 0:
         return (
             torch.zeros(b, s_q, h_q, head_dim_v, dtype=q.dtype, device=q.device),
@@ -130,7 +132,8 @@ def mla_decode_absorbed(
         k_cache = dequantize_fp8_ds_mla(k_cache, compute_dtype or q.dtype)
     dtype = compute_dtype or k_cache.dtype
     counts = visible_tokens(cache_seqlens, s_q, causal)  # [b, s_q]
-    if int(counts.min()) == longest:
+    masked = int(counts.min()) < longest if length is None else causal and s_q > 1
+    if not masked:
         return (attend or _attend)(q, k_cache, table, longest, head_dim_v, scale, dtype)
     position = torch.arange(longest, device=q.device)
     stale = position[None] >= cache_seqlens[:, None]
