@@ -178,6 +178,7 @@ def test_the_alias_is_asked_with_mlflows_client(
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = tmp_path.as_uri()  # a folder: making a database takes MLflow 15 seconds
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # create_model_version opens the default store as well
     client = mlflow.MlflowClient(uri, uri)
     client.create_registered_model("demo")
     for _ in range(2):
