@@ -1,6 +1,6 @@
 """Deploy the CloudFormation stacks in order, each as a change set that can be read before it is executed.
 
-network (only with a VPC) -> core -> watching -> triggers (only when configured); outputs of one are
+network (only with a VPC) -> core -> roles -> watching -> triggers (only when configured); outputs of one are
 parameters of the next. Running it again changes nothing that is as the templates say. `configuration` turns
 the outputs into what config/<env>.yaml holds.
 """
@@ -30,7 +30,6 @@ BROKEN = {
 }
 PERMISSIONS = "CAPABILITY_IAM"
 NETWORK_PARAMETERS = ("VpcId", "SubnetIds", "RouteTableIds")
-FOR_ALL = ("KmsKeyArn", "PermissionsBoundaryArn", "DatabricksSecretKeyArn")  # given once, to the core
 Show = Callable[[str], None]
 
 
@@ -75,7 +74,7 @@ def deploy(
     """
     _refuse_unknown(given, folder)
     outputs: dict[str, str] = {}
-    for make in (_network, _core, _watching, _triggers):
+    for make in (_network, _core, _roles, _watching, _triggers):
         stack = make(settings, given, outputs, folder)
         if not stack.wanted and not _find(aws, stack.name):
             continue
@@ -96,11 +95,14 @@ def deploy(
                     show(f"       {line}")
         there = _find(aws, stack.name)
         outputs |= _pairs(there, "Output")
-        if make is _core:
-            given = {
-                **given,
-                **{key: one for key, one in _pairs(there, "Parameter").items() if key in FOR_ALL and one},
-            }
+        # Given once, to the stack that takes them first; later stacks and later calls take them from there.
+        keys = {_core: ("KmsKeyArn", "PermissionsBoundaryArn"), _roles: ("DatabricksSecretKeyArn",)}.get(
+            make, ()
+        )
+        given = {
+            **given,
+            **{key: one for key, one in _pairs(there, "Parameter").items() if key in keys and one},
+        }
     return outputs
 
 
@@ -224,11 +226,18 @@ def _network(settings: Settings, given: Mapping[str, str], outputs: Mapping[str,
 def _core(settings: Settings, given: Mapping[str, str], outputs: Mapping[str, str], folder: Path) -> Stack:
     template = folder / "infrastructure.yaml"
     derived = {"NamePrefix": prefix(settings), "ArtifactPrefix": settings.prefix}
+    return Stack(prefix(settings), template, _own(template, {**derived, **given}))
+
+
+def _roles(settings: Settings, given: Mapping[str, str], outputs: Mapping[str, str], folder: Path) -> Stack:
+    template = folder / "infrastructure" / "roles.yaml"
+    derived = {"NamePrefix": prefix(settings), "ArtifactPrefix": settings.prefix}
     if settings.mlflow.secret_arn:
         derived["DatabricksSecretArn"] = settings.mlflow.secret_arn
     if "SecurityGroupId" in outputs:
         derived["SecurityGroupId"] = outputs["SecurityGroupId"]
-    return Stack(prefix(settings), template, _own(template, {**derived, **given}))
+    made = {key: outputs[key] for key in ("Bucket", "KmsKeyArn")}
+    return Stack(f"{prefix(settings)}-roles", template, _own(template, {**derived, **given, **made}))
 
 
 def _watching(

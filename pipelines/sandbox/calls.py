@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from botocore.parsers import RpcV2CBORParser
+
 MAX_DISTINCT = 20_000
 USER = "sandbox"  # access key id of clients outside, and their caller in the log
 PIPELINE, EVENTS = "pipeline", "events"  # the service acting with the pipeline's or the rule's role
@@ -83,7 +85,7 @@ def _identify(signed_for: str, environ: dict[str, Any]) -> tuple[str, str, dict[
         operation = "InvokeEndpointWithResponseStream" if match[2] else "InvokeEndpoint"
         return "sagemaker-runtime", operation, {"EndpointName": unquote(match[1])}
     if match := _CBOR.fullmatch(path):
-        return _service(signed_for), match[1], {}
+        return _service(signed_for), match[1], _cbor(_body(environ))
     if target:
         return _service(signed_for), target.rpartition(".")[2], _json(_body(environ))
     if environ.get("CONTENT_TYPE", "").startswith("application/x-www-form-urlencoded"):
@@ -107,6 +109,12 @@ def _json(body: bytes) -> dict[str, Any]:
         found = json.loads(body or b"{}")
     except ValueError:
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _cbor(body: bytes) -> dict[str, Any]:
+    parser = RpcV2CBORParser()
+    found = parser.parse_data_item(parser.get_peekable_stream_from_bytes(body)) if body else {}
     return found if isinstance(found, dict) else {}
 
 

@@ -67,7 +67,9 @@ class Report:
 
 
 def statements(stack: Stack, role: str) -> list[Statement]:
-    """All statements of a role: inline, of attached managed policies, of those that name it."""
+    """All statements of a role: inline, of attached policies, of those that name it; or of a policy alone."""
+    if role in (policies := stack.of_type("AWS::IAM::ManagedPolicy")):
+        return [_statement(role, one) for one in as_list(policies[role]["PolicyDocument"]["Statement"])]
     properties = stack.of_type("AWS::IAM::Role")[role]
     documents = [policy["PolicyDocument"] for policy in properties.get("Policies", [])]
     attached = properties.get("ManagedPolicyArns", [])
@@ -103,7 +105,7 @@ def walk(calls: Iterable[Call], stack: Stack) -> Report:
             denied.append((call, f"Metadata.MlaPipeline.Roles names no role for '{call.step}'"))
             continue
         if call.step not in by_step:
-            by_step[call.step] = statements(stack, stack.roles[call.step])
+            by_step[call.step] = [one for role in stack.roles[call.step] for one in statements(stack, role)]
         statement, reason = decide(call, by_step[call.step])
         if statement is None:
             denied.append((call, reason))
@@ -177,7 +179,7 @@ _OPERATORS: dict[str, Callable[[str, str], bool]] = {
     "StringLike": matches,
     "StringNotEquals": _same,
 }
-_PREFIXES = {"sagemaker-runtime": "sagemaker"}
+_PREFIXES = {"sagemaker-runtime": "sagemaker", "service-quotas": "servicequotas"}
 # Operations whose action has another name; everything else is service:Operation.
 _ACTIONS = {
     ("s3", "ListObjects"): "ListBucket",

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import Any
 
 from tests.config.iam_walk import as_list
@@ -21,6 +25,7 @@ NO_RESOURCE_LEVEL = {
     "ec2:DescribeSubnets",
     "ec2:DescribeVpcs",
     "ecr:GetAuthorizationToken",
+    "servicequotas:ListServiceQuotas",
 }
 WITHOUT_SOURCE_ARN = {"lambda.amazonaws.com"}  # not documented to send it when it assumes a role
 IDENTITY = ("AWS::IAM::Role", "AWS::IAM::ManagedPolicy")
@@ -128,6 +133,52 @@ def account_and_region_are_named(stack: Stack, every: list[Place]) -> Iterator[s
         for arn in place.resources if place.allows else ():
             if arn.startswith("arn:") and any("*" in part for part in arn.split(":", 5)[1:5]):
                 yield f"{place}: {arn}: name service, region and account"
+
+
+@check
+def actions_take_the_resource(stack: Stack, every: list[Place]) -> Iterator[str]:
+    """An action whose resource is of another type than the statement names is denied, in silence."""
+    for place in every:
+        for action in place.actions if place.kind == "identity" and place.allows else ():
+            formats = arn_formats(action)
+            named = [arn for arn in place.resources if any(one.fullmatch(arn) for one in formats)]
+            if formats and not named and "*" not in place.resources:
+                yield f"{place}: {action} takes none of {', '.join(place.resources)}"
+            if not formats and place.resources != ["*"]:
+                yield f"{place}: {action} has no resource level: its Resource is *"
+
+
+def arn_formats(action: str) -> list[re.Pattern[str]]:
+    """ARNs that the action takes, by cfn-lint's copy of AWS's Service Authorization Reference."""
+    service, _, name = action.partition(":")
+    known = _reference()[service]
+    types = {key.lower(): one for key, one in known["Actions"].items()}.get(name.lower(), {})
+    found = {key.lower().replace("-", ""): one for key, one in known["Resources"].items()}
+    kinds = [kind.lower().replace("-", "") for kind in types.get("Resources", [])]
+    formats = [one for kind in kinds for one in found[kind]["ARNFormats"]]
+    return [re.compile(re.sub(r"\$\{\w+\}", "[^:]*", one)) for one in formats]
+
+
+@cache
+def _reference() -> dict[str, Any]:
+    path = resources.files("cfnlint") / "data" / "AdditionalSpecs" / "Policies.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+@check
+def policies_fit(stack: Stack, every: list[Place]) -> Iterator[str]:
+    """IAM's quotas in characters without white space: a managed policy, and a role's inline ones together."""
+    for name, policy in stack.of_type("AWS::IAM::ManagedPolicy").items():
+        if _characters(policy["PolicyDocument"]) > 6144:
+            yield f"{name}: more than 6,144 characters"
+    for name, role in stack.of_type("AWS::IAM::Role").items():
+        if sum(_characters(one["PolicyDocument"]) for one in role.get("Policies", [])) > 10_240:
+            yield f"{name}: more than 10,240 characters"
+
+
+def _characters(document: Any) -> int:
+    return len(json.dumps(document, separators=(",", ":")))
 
 
 @check

@@ -25,13 +25,13 @@ def calls(
     """
     arn = f"arn:aws:sagemaker:{region}:{account}:"
     found = [
-        Call(step, service, operation, resource, _context(operation, parameters))
+        Call(step, service, operation, resource, _context(parameters))
         for resource in _resources(service, operation, parameters, arn)
     ]
-    if role := parameters.get("ExecutionRoleArn") or (service == "sagemaker" and parameters.get("RoleArn")):
-        found.append(
-            Call(step, "iam", "PassRole", str(role), {"iam:PassedToService": "sagemaker.amazonaws.com"})
-        )
+    passed = [parameters.get("ExecutionRoleArn") or (service == "sagemaker" and parameters.get("RoleArn"))]
+    passed += [target.get("RoleArn") for target in parameters.get("Targets", ())]
+    receiver = {"iam:PassedToService": f"{'events' if service == 'events' else 'sagemaker'}.amazonaws.com"}
+    found += [Call(step, "iam", "PassRole", str(role), receiver) for role in passed if role]
     return found
 
 
@@ -41,14 +41,22 @@ def _resources(service: str, operation: str, parameters: Parameters, arn: str) -
         return [f"{bucket}/{parameters['Key']}" if "Key" in parameters else bucket]
     if service == "secretsmanager":
         return [str(parameters["SecretId"])]
+    if service in _OTHERS:
+        _, _, _, region, account, _ = arn.split(":", 5)
+        return [_OTHERS[service](parameters).format(region=region, account=account)]
     table = _SAGEMAKER if service in ("sagemaker", "sagemaker-runtime") else {}
     if operation not in table:
         raise NotImplementedError(f"{service}:{operation} called by a step: add its resources to {__name__}")
     return table[operation](parameters, arn)
 
 
-def _context(operation: str, parameters: Parameters) -> dict[str, str]:
-    return {"s3:prefix": str(parameters["Prefix"])} if "Prefix" in parameters else {}
+def _context(parameters: Parameters) -> dict[str, str]:
+    keys = {
+        "Prefix": "s3:prefix",
+        "ServiceNamespace": "application-autoscaling:service-namespace",
+        "ScalableDimension": "application-autoscaling:scalable-dimension",
+    }
+    return {key: str(parameters[name]) for name, key in keys.items() if name in parameters}
 
 
 def _named(kind: str, key: str) -> Callable[[Parameters, str], list[str]]:
@@ -57,7 +65,15 @@ def _named(kind: str, key: str) -> Callable[[Parameters, str], list[str]]:
 
 
 def _package(parameters: Parameters, arn: str) -> list[str]:
-    return [str(parameters["ModelPackageName"])]
+    return [str(parameters.get("ModelPackageName") or parameters["ModelPackageArn"])]
+
+
+def _packages(parameters: Parameters, arn: str) -> list[str]:
+    return [f"{arn}model-package/{parameters['ModelPackageGroupName']}/1"]
+
+
+def _execution(parameters: Parameters, arn: str) -> list[str]:
+    return [str(parameters["PipelineExecutionArn"])]
 
 
 def _new_package(parameters: Parameters, arn: str) -> list[str]:
@@ -83,13 +99,46 @@ _SAGEMAKER: dict[str, Callable[[Parameters, str], list[str]]] = {
     "CreateEndpointConfig": _named("endpoint-config", "EndpointConfigName"),
     "CreateModel": _model,
     "CreateModelPackage": _new_package,
+    "CreateModelPackageGroup": _named("model-package-group", "ModelPackageGroupName"),
+    "CreatePipeline": _named("pipeline", "PipelineName"),
     "CreateProcessingJob": _named("processing-job", "ProcessingJobName"),
     "DescribeEndpoint": _named("endpoint", "EndpointName"),
     "DescribeEndpointConfig": _named("endpoint-config", "EndpointConfigName"),
     "DescribeModel": _named("model", "ModelName"),
     "DescribeModelPackage": _package,
+    "DescribeModelPackageGroup": _named("model-package-group", "ModelPackageGroupName"),
+    "DescribePipeline": _named("pipeline", "PipelineName"),
+    "DescribePipelineExecution": _execution,
+    "DescribeProcessingJob": _named("processing-job", "ProcessingJobName"),
     "InvokeEndpoint": _named("endpoint", "EndpointName"),
     "InvokeEndpointWithResponseStream": _named("endpoint", "EndpointName"),
+    "ListModelPackages": _packages,
+    "ListPipelineExecutionSteps": _execution,
+    "ListPipelineExecutions": _named("pipeline", "PipelineName"),
+    "ListPipelineParametersForExecution": _execution,
     "StartPipelineExecution": _named("pipeline", "PipelineName"),
     "UpdateEndpoint": _endpoint_and_config,
+    "UpdateModelPackage": _package,
+    "UpdatePipeline": _named("pipeline", "PipelineName"),
+}
+
+
+def _rule(parameters: Parameters) -> str:
+    return f"arn:aws:events:{{region}}:{{account}}:rule/{parameters.get('Rule') or parameters['Name']}"
+
+
+def _log_stream(parameters: Parameters) -> str:
+    group, stream = parameters["logGroupName"], parameters.get("logStreamName", "")
+    return f"arn:aws:logs:{{region}}:{{account}}:log-group:{group}:log-stream:{stream}"
+
+
+_OTHERS: dict[str, Callable[[Parameters], str]] = {
+    "application-autoscaling": lambda _: (
+        "arn:aws:application-autoscaling:{region}:{account}:scalable-target/1"
+    ),
+    "cloudwatch": lambda one: f"arn:aws:cloudwatch:{{region}}:{{account}}:alarm:{one['AlarmNames'][0]}",
+    "events": _rule,
+    "iam": lambda one: f"arn:aws:iam::{{account}}:role/{one['RoleName']}",
+    "logs": _log_stream,
+    "service-quotas": lambda _: "*",
 }

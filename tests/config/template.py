@@ -15,6 +15,7 @@ import yaml
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 CORE = CONFIG / "infrastructure.yaml"
+ROLES = CONFIG / "infrastructure" / "roles.yaml"
 NETWORK = CONFIG / "infrastructure" / "network.yaml"
 WATCHING = CONFIG / "infrastructure" / "watching.yaml"
 TRIGGERS = CONFIG / "infrastructure" / "triggers.yaml"
@@ -54,7 +55,8 @@ class Stack:
     """A template with parameters, in an account and region.
 
     names: logical id -> physical name of a resource, where it is not what the template says.
-    `resources`: logical id -> resource whose condition holds, resolved; `outputs` alike. `roles`: step -> id.
+    `resources`: logical id -> resource whose condition holds, resolved; `outputs` alike. `roles`: step or
+    person -> ids of the roles or policies.
     """
 
     def __init__(
@@ -93,7 +95,8 @@ class Stack:
             for name, one in template.get("Outputs", {}).items()
             if "Condition" not in one or self.condition(one["Condition"])
         }
-        self.roles: dict[str, str] = template.get("Metadata", {}).get("MlaPipeline", {}).get("Roles", {})
+        named = template.get("Metadata", {}).get("MlaPipeline", {}).get("Roles", {})
+        self.roles = {who: one if isinstance(one, list) else [one] for who, one in named.items()}
 
     def of_type(self, kind: str) -> dict[str, dict[str, Any]]:
         """Logical id -> resolved properties of every resource of the type."""

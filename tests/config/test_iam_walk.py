@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.config.iam_walk import Call, Statement, decide, matches, walk
+from tests.config.iam_walk import Call, Statement, decide, matches, statements, walk
 from tests.config.recorded import calls
-from tests.config.template import ACCOUNT, CORE, REGION, Stack, load
+from tests.config.template import ACCOUNT, REGION, ROLES, Stack, load
 
 SECRET = f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:mla/databricks-AbCdEf"
 BUCKET = f"mla-artifacts-{ACCOUNT}-{REGION}"
@@ -19,10 +19,17 @@ ARN = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:"
 PACKAGE = f"{ARN}model-package/mla-models/3"
 ENDPOINT_ROLE = f"arn:aws:iam::{ACCOUNT}:role/EndpointRole"
 
+SCALED = {
+    "ServiceNamespace": "sagemaker",
+    "ResourceId": "endpoint/mla-production/variant/AllTraffic",
+    "ScalableDimension": "sagemaker:variant:DesiredInstanceCount",
+}
+
 
 @pytest.fixture(scope="module")
 def stack() -> Stack:
-    return Stack(load(CORE), {"DatabricksSecretArn": SECRET})
+    made = {"Bucket": BUCKET, "KmsKeyArn": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/made"}
+    return Stack(load(ROLES), {**made, "DatabricksSecretArn": SECRET})
 
 
 def statement(**changes: Any) -> Statement:
@@ -135,6 +142,10 @@ RECORDED: list[tuple[str, str, str, dict[str, Any]]] = [
         )
         for operation in ("CreateEndpoint", "UpdateEndpoint")
     ),
+    *(
+        ("DeployProduction", "application-autoscaling", operation, SCALED)
+        for operation in ("DeregisterScalableTarget", "RegisterScalableTarget", "PutScalingPolicy")
+    ),
     ("RecordPromotion", "secretsmanager", "GetSecretValue", {"SecretId": SECRET}),
     ("events", "sagemaker", "StartPipelineExecution", {"PipelineName": "mla-production"}),
     ("events", "sagemaker", "StartPipelineExecution", {"PipelineName": "mla-release"}),
@@ -176,6 +187,11 @@ def test_an_endpoint_may_download_its_kernel(stack: Stack) -> None:
         ),
         Call("events", "sagemaker", "StartPipelineExecution", f"{ARN}pipeline/another"),
         Call("pipeline", "sagemaker", "UpdateModelPackage", PACKAGE),
+        Call("operator", "sagemaker", "UpdateEndpoint", f"{ARN}endpoint/mla-production"),
+        Call("operator", "sagemaker", "DeletePipeline", f"{ARN}pipeline/mla-production"),
+        Call(
+            "operator", "iam", "PassRole", ENDPOINT_ROLE, {"iam:PassedToService": "sagemaker.amazonaws.com"}
+        ),
     ],
     ids=lambda call: f"{call.step} {call.operation}",
 )
@@ -183,6 +199,16 @@ def test_what_a_step_must_not_do_is_denied(stack: Stack, call: Call) -> None:
     ((denied, reason),) = walk([call], stack).denied
     assert denied is call
     assert call.action in reason
+
+
+def test_only_an_approver_decides_about_production(stack: Stack) -> None:
+    production = f"{ARN}pipeline/mla-production"
+    for call in (
+        Call("x", "sagemaker", "UpdateModelPackage", PACKAGE),
+        Call("x", "sagemaker", "StartPipelineExecution", production),
+    ):
+        assert decide(call, statements(stack, "OperatorPolicy"))[0] is None
+        assert decide(call, statements(stack, "ApproverPolicy"))[0]
 
 
 def test_a_step_without_a_role_is_denied(stack: Stack) -> None:

@@ -13,38 +13,68 @@ import pytest
 import yaml
 
 from tests.config import policy_checks
-from tests.config.template import ACCOUNT, CONFIG, CORE, NETWORK, REGION, TRIGGERS, WATCHING, Stack, load
+from tests.config.template import (
+    ACCOUNT,
+    CONFIG,
+    CORE,
+    NETWORK,
+    REGION,
+    ROLES,
+    TRIGGERS,
+    WATCHING,
+    Stack,
+    load,
+)
 
-TEMPLATES = {path.stem: path for path in (CORE, NETWORK, WATCHING, TRIGGERS)}
+TEMPLATES = {path.stem: path for path in (CORE, ROLES, NETWORK, WATCHING, TRIGGERS)}
 OTHER = "444455556666"
 KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/reused"
 SECRET = f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:mla/databricks-AbCdEf"
 BOUNDARY = f"arn:aws:iam::{ACCOUNT}:policy/boundary"
 # Every condition of the template is true in one of these and false in another.
-VARIANTS: dict[str, dict[str, str]] = {
-    "defaults": {},
-    "reused key, boundary, secret": {
-        "KmsKeyArn": KEY,
-        "PermissionsBoundaryArn": BOUNDARY,
-        "DatabricksSecretArn": SECRET,
-        "DatabricksSecretKeyArn": KEY,
-    },
-    "network": {"VpcId": "vpc-1", "SecurityGroupId": "sg-1"},
-    "releasing account": {"ProductionAccountId": OTHER},
-    "deploying account": {
-        "ReleaseAccountId": OTHER,
-        "ReleaseKmsKeyArn": f"arn:aws:kms:{REGION}:{OTHER}:key/release",
-    },
-    "images from a private repository": {
-        "SourceRepository": "https://github.com/example/mla-pipeline",
-        "SourceConnectionArn": f"arn:aws:codeconnections:{REGION}:{ACCOUNT}:connection/1",
-    },
+MADE = {"Bucket": f"mla-artifacts-{ACCOUNT}-{REGION}", "KmsKeyArn": KEY}  # by the core, for the roles
+VARIANTS: dict[str, tuple[Path, dict[str, str]]] = {
+    "core": (CORE, {}),
+    "core, reused key, boundary": (CORE, {"KmsKeyArn": KEY, "PermissionsBoundaryArn": BOUNDARY}),
+    "core of a releasing account": (CORE, {"ProductionAccountId": OTHER}),
+    "core of a deploying account": (CORE, {"ReleaseAccountId": OTHER}),
+    "images from a private repository": (
+        CORE,
+        {
+            "SourceRepository": "https://github.com/example/mla-pipeline",
+            "SourceConnectionArn": f"arn:aws:codeconnections:{REGION}:{ACCOUNT}:connection/1",
+        },
+    ),
+    "roles": (ROLES, MADE),
+    "roles with boundary and secret": (
+        ROLES,
+        {
+            **MADE,
+            "PermissionsBoundaryArn": BOUNDARY,
+            "DatabricksSecretArn": SECRET,
+            "DatabricksSecretKeyArn": KEY,
+        },
+    ),
+    "roles in a network": (ROLES, {**MADE, "VpcId": "vpc-1", "SecurityGroupId": "sg-1"}),
+    "roles of a deploying account": (
+        ROLES,
+        {
+            **MADE,
+            "ReleaseAccountId": OTHER,
+            "ReleaseKmsKeyArn": f"arn:aws:kms:{REGION}:{OTHER}:key/release",
+        },
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def core() -> dict[str, Any]:
     return load(CORE)
+
+
+@pytest.fixture(scope="module")
+def roles() -> dict[str, Any]:
+    return load(ROLES)
 
 
 def test_cfn_lint_finds_nothing() -> None:
@@ -68,8 +98,9 @@ def test_template_uses_the_yaml_that_cloudformation_documents(name: str) -> None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_policies_are_narrow(core: dict[str, Any], variant: str) -> None:
-    assert policy_checks.findings(Stack(core, VARIANTS[variant])) == []
+def test_policies_are_narrow(variant: str) -> None:
+    path, parameters = VARIANTS[variant]
+    assert policy_checks.findings(Stack(load(path), parameters)) == []
 
 
 def test_policies_of_the_other_templates_are_narrow() -> None:
@@ -84,9 +115,10 @@ def test_policies_of_the_other_templates_are_narrow() -> None:
     assert policy_checks.findings(Stack(load(TRIGGERS), everything)) == []
 
 
-def test_every_condition_is_tried_both_ways(core: dict[str, Any]) -> None:
-    stacks = [Stack(core, parameters) for parameters in VARIANTS.values()]
-    for name in core["Conditions"]:
+@pytest.mark.parametrize("template", [CORE, ROLES], ids=lambda path: path.stem)
+def test_every_condition_is_tried_both_ways(template: Path) -> None:
+    stacks = [Stack(load(path), parameters) for path, parameters in VARIANTS.values() if path == template]
+    for name in stacks[0].template["Conditions"]:
         assert {stack.condition(name) for stack in stacks} == {True, False}, name
 
 
@@ -97,12 +129,17 @@ BAD = {
     "no_negations": {"NotResource": "arn:aws:s3:::x"},
     "statements_have_names": {"Sid": ""},
     "roles_are_passed_by_name": {"Action": "iam:PassRole", "Resource": f"arn:aws:iam::{ACCOUNT}:role/*"},
+    "actions_take_the_resource": {
+        "Action": "sagemaker:DescribePipeline",
+        "Resource": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/x",
+    },
+    "policies_fit": {"Resource": [f"arn:aws:s3:::{'x' * 60}{number}" for number in range(200)]},
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_statement_is_found(core: dict[str, Any], name: str) -> None:
-    stack = Stack(copy.deepcopy(core))
+def test_a_bad_statement_is_found(roles: dict[str, Any], name: str) -> None:
+    stack = Stack(copy.deepcopy(roles), MADE)
     good = {"Sid": "New", "Effect": "Allow", "Action": "s3:GetObject", "Resource": "arn:aws:s3:::x"}
     document = stack.resources["EvaluateRole"]["Properties"]["Policies"][0]["PolicyDocument"]
     document["Statement"].append({**good, **BAD[name]})
@@ -111,7 +148,7 @@ def test_a_bad_statement_is_found(core: dict[str, Any], name: str) -> None:
 
 def test_a_bad_role_or_resource_policy_is_found(core: dict[str, Any]) -> None:
     stack = Stack(copy.deepcopy(core), {"PermissionsBoundaryArn": BOUNDARY})
-    role = stack.resources["EvaluateRole"]["Properties"]
+    role = stack.resources["CodeBuildRole"]["Properties"]
     del role["PermissionsBoundary"], role["AssumeRolePolicyDocument"]["Statement"][0]["Condition"]
     stack.resources["ArtifactBucketPolicy"]["Properties"]["PolicyDocument"]["Statement"] = [
         {"Sid": "Public", "Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": "x"},
@@ -131,13 +168,15 @@ def test_a_bad_role_or_resource_policy_is_found(core: dict[str, Any]) -> None:
     }
 
 
-def test_every_role_is_mapped_and_given_out(core: dict[str, Any]) -> None:
-    stack = Stack(core, {"ProductionAccountId": OTHER})
-    roles = stack.of_type("AWS::IAM::Role")
-    assert set(stack.roles.values()) == set(roles)
+@pytest.mark.parametrize("template", [CORE, ROLES], ids=lambda path: path.stem)
+def test_every_role_is_mapped_and_given_out(template: Path) -> None:
+    stack = Stack(load(template), {"ProductionAccountId": OTHER} if template == CORE else MADE)
+    mapped = {one for ids in stack.roles.values() for one in ids}
+    roles = set(stack.of_type("AWS::IAM::Role"))
+    assert mapped - set(stack.of_type("AWS::IAM::ManagedPolicy")) == roles
     inner = {"ForwardRole", "CodeBuildRole"}  # used inside the stack only
-    assert {f"{name}Arn" for name in set(roles) - inner} == {
-        key for key in stack.outputs if key.endswith("RoleArn")
+    assert {f"{name}Arn" for name in mapped - inner} == {
+        key for key in stack.outputs if key.endswith(("RoleArn", "PolicyArn"))
     }
 
 

@@ -9,7 +9,8 @@ from pipelines.sandbox.calls import USER
 from pipelines.settings import ROLES
 from tests.config.iam_walk import Report, walk
 from tests.config.recorded import calls
-from tests.config.template import CORE, Stack, load
+from tests.config.template import ROLES as TEMPLATE
+from tests.config.template import Stack, load
 from tests.e2e.conftest import QUICK, Chain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -42,14 +43,14 @@ def promoted(chain: Chain) -> Chain:
 
 def stack(chain: Chain) -> Stack:
     """The infrastructure as this run's account would have it: its account, region, bucket and role."""
-    settings, template = chain.local.settings, load(CORE)
-    roles = template["Metadata"]["MlaPipeline"]["Roles"].values()
+    settings, template = chain.local.settings, load(TEMPLATE)
+    roles = [name for name, one in template["Resources"].items() if one["Type"] == "AWS::IAM::Role"]
     return Stack(
         template,
-        {"ArtifactPrefix": settings.prefix},
+        {"ArtifactPrefix": settings.prefix, "Bucket": settings.bucket},
         account=settings.role.split(":")[4],
         region=settings.region,
-        names={"ArtifactBucket": settings.bucket, **dict.fromkeys(roles, settings.role_name)},
+        names=dict.fromkeys(roles, settings.role_name),
     )
 
 
@@ -65,6 +66,11 @@ def report(chain: Chain) -> Report:
     # What an option asks for that this run does not use: sources of a kernel from the bucket (KernelSource).
     source = {"Bucket": settings.bucket, "Key": f"{settings.prefix}/kernel-sources/mine.tar.gz"}
     optional = [("CompileKernel", "s3", operation, source) for operation in ("HeadObject", "GetObject")]
+    target = {"ServiceNamespace": "sagemaker", "ScalableDimension": "sagemaker:variant:DesiredInstanceCount"}
+    optional += [  # deployment.scaling
+        ("DeployProduction", "application-autoscaling", operation, target)
+        for operation in ("DeregisterScalableTarget", "RegisterScalableTarget", "PutScalingPolicy")
+    ]
     return walk(
         (permission for one in [*recorded, *optional] for permission in calls(*one, **where)), rendered
     )

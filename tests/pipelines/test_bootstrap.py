@@ -18,12 +18,12 @@ from pipelines.aws import Aws
 from pipelines.errors import UserError
 from pipelines.local import CREDENTIALS
 from pipelines.settings import CONFIG, Settings
-from tests.config.template import CORE, NETWORK, TRIGGERS, WATCHING, Stack, load
+from tests.config.template import CORE, NETWORK, ROLES, TRIGGERS, WATCHING, Stack, load
 
 REGION = "us-east-1"
+ALWAYS = (CORE, ROLES, WATCHING)  # the templates that every account gets
 OUTPUTS = {
-    **Stack(load(CORE), {"NamePrefix": "mla-dev"}).outputs,
-    **Stack(load(WATCHING), {"NamePrefix": "mla-dev"}).outputs,
+    key: one for path in ALWAYS for key, one in Stack(load(path), {"NamePrefix": "mla-dev"}).outputs.items()
 }
 VPC = {"VpcId": "vpc-1", "SubnetIds": "subnet-1,subnet-2", "RouteTableIds": "rtb-1"}
 
@@ -65,7 +65,7 @@ def settings() -> Settings:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Templates of one bucket each, with the parameters of the real ones and their outputs."""
-    for path in (CORE, NETWORK, WATCHING, TRIGGERS):
+    for path in (*ALWAYS, NETWORK, TRIGGERS):
         template = load(path)
         small = {
             "AWSTemplateFormatVersion": "2010-09-09",
@@ -110,6 +110,7 @@ def test_stacks_come_up_in_order_with_events_and_the_outputs_of_the_one_before(
     outputs, shown = deploy(aws, settings, folder, AlarmEmail="a@example.com")
     assert [line for line in shown if "stack" in line] == [
         "create stack mla-dev",
+        "create stack mla-dev-roles",
         "create stack mla-dev-watching",
     ]
     assert "       add Only (AWS::S3::Bucket)" in shown
@@ -117,7 +118,9 @@ def test_stacks_come_up_in_order_with_events_and_the_outputs_of_the_one_before(
     assert outputs == OUTPUTS
     core = parameters(aws, "mla-dev")
     assert (core["NamePrefix"], core["ArtifactPrefix"]) == ("mla-dev", settings.prefix)
-    assert core["DatabricksSecretArn"] == settings.mlflow.secret_arn
+    roles = parameters(aws, "mla-dev-roles")
+    assert roles["DatabricksSecretArn"] == settings.mlflow.secret_arn
+    assert (roles["Bucket"], roles["KmsKeyArn"]) == (OUTPUTS["Bucket"], OUTPUTS["KmsKeyArn"])
     watching = parameters(aws, "mla-dev-watching")
     assert (watching["AlarmEmail"], watching["KmsKeyArn"]) == ("a@example.com", OUTPUTS["KmsKeyArn"])
 
@@ -127,7 +130,7 @@ def test_the_second_time_nothing_changes_and_given_values_stay(
 ) -> None:
     deploy(aws, settings, folder, AlarmEmail="a@example.com")
     outputs, shown = deploy(aws, settings, folder)
-    assert shown == ["keep   stack mla-dev", "keep   stack mla-dev-watching"]
+    assert shown == [f"keep   stack mla-dev{name}" for name in ("", "-roles", "-watching")]
     assert outputs == OUTPUTS
     assert parameters(aws, "mla-dev-watching")["AlarmEmail"] == "a@example.com"
 
@@ -141,13 +144,13 @@ def test_a_changed_template_updates_its_stack_only(aws: Aws, settings: Settings,
     assert shown[-1] == "keep   stack mla-dev-watching"
 
 
-def test_a_network_comes_first_and_its_group_reaches_the_core(
+def test_a_network_comes_first_and_its_group_reaches_the_roles(
     aws: Aws, settings: Settings, folder: Path
 ) -> None:
     outputs, _ = deploy(aws, settings, folder, **VPC)
-    assert stacks(aws) == ["mla-dev", "mla-dev-network", "mla-dev-watching"]
-    core = parameters(aws, "mla-dev")
-    assert (core["VpcId"], core["SecurityGroupId"]) == ("vpc-1", "sg-made")
+    assert stacks(aws) == ["mla-dev", "mla-dev-network", "mla-dev-roles", "mla-dev-watching"]
+    roles = parameters(aws, "mla-dev-roles")
+    assert (roles["VpcId"], roles["SecurityGroupId"]) == ("vpc-1", "sg-made")
     assert bootstrap.configuration(outputs)["network"] == {
         "subnets": ["subnet-1", "subnet-2"],
         "security_group_ids": ["sg-made"],
@@ -158,12 +161,13 @@ def test_triggers_come_last_when_configured_and_go_quiet_when_not(
     aws: Aws, settings: Settings, folder: Path
 ) -> None:
     boundary = "arn:aws:iam::111122223333:policy/boundary"
-    deploy(aws, settings, folder, PermissionsBoundaryArn=boundary)
-    assert stacks(aws) == ["mla-dev", "mla-dev-watching"]
+    deploy(aws, settings, folder, PermissionsBoundaryArn=boundary, DatabricksSecretKeyArn="key")
+    assert stacks(aws) == ["mla-dev", "mla-dev-roles", "mla-dev-watching"]
     polling = Settings.load("dev", {"triggers.poll": "rate(15 minutes)"})
     deploy(aws, polling, folder)
     made = parameters(aws, "mla-dev-triggers")
-    assert made["PermissionsBoundaryArn"] == boundary  # given long ago, to another stack
+    # given long ago, to other stacks
+    assert (made["PermissionsBoundaryArn"], made["DatabricksSecretKeyArn"]) == (boundary, "key")
     wanted = {
         "PollSchedule": "rate(15 minutes)",
         "WebhookEnabled": "false",
@@ -198,6 +202,7 @@ def test_a_key_that_was_brought_does_not_reach_the_logs(aws: Aws, settings: Sett
     key = "arn:aws:kms:us-east-1:111122223333:key/brought"
     deploy(aws, settings, folder, KmsKeyArn=key)
     assert parameters(aws, "mla-dev")["KmsKeyArn"] == key
+    deploy(aws, settings, folder)
     assert parameters(aws, "mla-dev-watching")["KmsKeyArn"] != key
 
 
@@ -205,7 +210,7 @@ def test_a_dry_run_of_the_real_template_leaves_nothing(aws: Aws, settings: Setti
     shown: list[str] = []
     bootstrap.deploy(aws, settings, {}, shown.append, dry_run=True, seconds=0.01)
     assert shown[0] == "create stack mla-dev"
-    assert "       add EvaluateRole (AWS::IAM::Role)" in shown
+    assert "       add ArtifactBucket (AWS::S3::Bucket)" in shown
     assert stacks(aws) == []
 
 
@@ -238,8 +243,9 @@ def test_the_configuration_in_the_repository_is_what_the_stack_prints(environmen
     prefix = bootstrap.prefix(Settings.load(environment))
     account = written["role"].split(":")[4]
     outputs = {
-        **Stack(load(CORE), {"NamePrefix": prefix}, account=account).outputs,
-        **Stack(load(WATCHING), {"NamePrefix": prefix}, account=account).outputs,
+        key: one
+        for path in ALWAYS
+        for key, one in Stack(load(path), {"NamePrefix": prefix}, account=account).outputs.items()
     }
     printed = bootstrap.configuration(outputs)
     for key in ("bucket", "names", "deployment"):
@@ -251,7 +257,7 @@ def test_the_configuration_in_the_repository_is_what_the_stack_prints(environmen
         assert values.items() <= written["parameters"][pipeline].items()
     for name, arn in {"Pipeline": written["role"], **written["roles"]}.items():
         logical = f"{name[0].upper()}{name[1:]}Role"
-        assert arn.split("/")[1].startswith(f"{prefix}-{logical}-")
+        assert arn.split("/")[1].startswith(f"{prefix}-roles-{logical}-")
 
 
 def test_a_stack_that_failed_says_what_to_do(

@@ -28,6 +28,7 @@ move_endpoint(sagemaker, name, config, arn, how)
 """
 
 
+MEASURED = {"model": {"tokens_per_s": 100.0}}
 AT_ONCE = '{"strategy": "all_at_once", "bake_seconds": 0, "timeout_seconds": 600}'
 
 
@@ -72,7 +73,9 @@ def world(aws: Aws) -> Iterator[World]:
                 "deployment.alarms": [f"{NAME}-5xx", f"{NAME}-gone"],
             },
         )
-        made = World(aws, Clients(REGION), settings, register(aws))
+        aws.sagemaker.create_model_package_group(ModelPackageGroupName=NAME)
+        evaluation = aws.put(f"{NAME}/evaluation.json", MEASURED)
+        made = World(aws, Clients(REGION), settings, register(aws, NAME, evaluation))
         step = aws.script("Deploy", DEPLOY, {"Get": "Parameters.ModelPackageArn"}, NAME, aws.role, AT_ONCE)
         aws.create(NAME, [step], [{"Name": "ModelPackageArn", "Type": "String"}])
         aws.client("cloudwatch").put_metric_alarm(
@@ -90,16 +93,14 @@ def world(aws: Aws) -> Iterator[World]:
         yield made
 
 
-def register(aws: Aws) -> list[str]:
-    """Three versions, waiting for approval, each with an evaluation that measured 100 tokens a second."""
-    aws.sagemaker.create_model_package_group(ModelPackageGroupName=NAME)
-    weights = aws.put(f"{NAME}/model/answer.txt", b"x").removesuffix("answer.txt")
-    evaluation = aws.put(f"{NAME}/evaluation.json", {"model": {"tokens_per_s": 100.0}})
+def register(aws: Aws, group: str, evaluation: str) -> list[str]:
+    """Three versions, waiting for approval, each with the evaluation at this URI."""
+    weights = aws.put(f"{group}/model/answer.txt", b"x").removesuffix("answer.txt")
     source = {"S3Uri": weights, "S3DataType": "S3Prefix", "CompressionType": "None"}
     statistics = {"ContentType": "application/json", "S3Uri": evaluation}
     return [
         aws.sagemaker.create_model_package(
-            ModelPackageGroupName=NAME,
+            ModelPackageGroupName=group,
             ModelApprovalStatus="PendingManualApproval",
             InferenceSpecification={
                 "Containers": [
