@@ -124,6 +124,13 @@ def our_engine(plan: Plan, backend: str) -> list[Timing]:
     return timings
 
 
+def vllm_engine(plan: Plan, attention: str | None) -> list[Timing]:
+    """vLLM with its MLA backend `attention`, or with our kernel inside it (None)."""
+    from container.serving import bench_vllm  # uses this module
+
+    return bench_vllm.vllm_engine(plan, attention)
+
+
 def timing(context: int, batch: int, times: list[float]) -> Timing:
     """The figures of one point from its steps' milliseconds."""
     return Timing(context, batch, statistics.median(times), sorted(times)[int(0.99 * (len(times) - 1))])
@@ -142,6 +149,9 @@ def _profile(engine: Engine, context: int, batch: int) -> None:
 ENGINES: dict[str, Callable[[Plan], list[Timing]]] = {
     "hopper": lambda plan: our_engine(plan, "hopper"),
     "triton": lambda plan: our_engine(plan, "triton"),
+    "vllm-hopper": lambda plan: vllm_engine(plan, None),
+    "vllm-flash_attn_mla": lambda plan: vllm_engine(plan, "FLASH_ATTN_MLA"),
+    "vllm-flashmla": lambda plan: vllm_engine(plan, "FLASHMLA"),
 }
 
 

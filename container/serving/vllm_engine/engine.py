@@ -35,6 +35,7 @@ from container.serving.vllm_engine.arguments import (
 
 log = logging.getLogger(__name__)
 
+SHUTDOWN_SECONDS = 2.0  # of what SageMaker leaves after the server's own drain
 ENDED = {"stop": "stop", "length": "length", "abort": "abort"}  # vLLM's reasons; others are errors
 
 
@@ -88,6 +89,7 @@ class VllmEngine(BaseEngine):
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         if not current_platform.is_cuda():
@@ -95,7 +97,12 @@ class VllmEngine(BaseEngine):
         started = time.monotonic()
         stats = EngineStats()
         arguments = EngineArgs(**engine_arguments(checkpoint, config, options))
-        llm = LLMEngine.from_engine_args(arguments, stat_loggers=[stats.logger], enable_multiprocessing=True)
+        llm = LLMEngine.from_engine_args(
+            arguments,
+            usage_context=UsageContext.OPENAI_API_SERVER,  # a server's defaults, not a library's
+            stat_loggers=[stats.logger],
+            enable_multiprocessing=True,
+        )
         stats.pages = llm.vllm_config.cache_config.num_gpu_blocks or 0
         log.info(
             "%s loaded by vLLM %s in %.1f s: kernel %s, cache of %d tokens, %d x %d GPUs",
@@ -159,7 +166,7 @@ class VllmEngine(BaseEngine):
         return [step for output in self._llm.step() for step in self._take(output)]
 
     def close(self) -> None:
-        self._llm.engine_core.shutdown()
+        self._llm.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
 
     def _take(self, output: Any) -> list[Step]:
         """The steps of one request's new tokens: more than one when they came while the last was handled."""

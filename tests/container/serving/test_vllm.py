@@ -37,7 +37,7 @@ class Client:
     def __init__(self, engine: Engine, together: int = 2):
         self.engine, self.together = engine, together
         self.model_config = SimpleNamespace(max_model_len=engine.max_model_len)
-        self.engine_core = SimpleNamespace(shutdown=lambda: None)
+        self.engine_core = SimpleNamespace(shutdown=lambda timeout: None)
         self.sequences: dict[str, Any] = {}
         self.sent: dict[str, int] = {}
         self.ended: list[str] = []
