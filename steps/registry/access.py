@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import requests
 
 from steps.job import StepError, redact
+from steps.registry import managed
 from steps.registry.credentials import load_credentials
 from steps.registry.errors import error_code, explained
 from steps.registry.remote import Store
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger("steps.registry")
-
-_SAGEMAKER_ARN = re.compile(
-    r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:(mlflow-tracking-server|mlflow-app)/[\w.-]+"
-)
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,8 @@ def connect() -> Registry:
         _check_host(registry)
     import mlflow
 
-    if not tracking.startswith("arn:"):
-        logging.getLogger("mlflow.tracking.request_header.registry").addFilter(_no_plugin_noise)
+    if not managed.is_managed(tracking):
+        managed.silence()
     client = mlflow.MlflowClient(tracking_uri=tracking, registry_uri=registry)
     mlflow.set_tracking_uri(tracking)
     mlflow.set_registry_uri(registry)
@@ -225,21 +221,8 @@ def _tracking_repository(repository: Any) -> Any:
 
 def _check_host(uri: str) -> None:
     """One request, so that a wrong address fails in seconds and by its name."""
-    if uri.startswith("arn:"):
-        if not _SAGEMAKER_ARN.fullmatch(uri):
-            raise StepError(
-                f"{uri} is no ARN of a SageMaker managed MLflow server.",
-                "Set mlflow.tracking_uri to arn:aws:sagemaker:REGION:ACCOUNT:mlflow-tracking-server/NAME "
-                "(or mlflow-app/ID).",
-            )
-        try:
-            import sagemaker_mlflow  # noqa: F401
-        except ImportError:
-            raise StepError(
-                f"{uri} is a SageMaker managed MLflow server, and this image lacks its plug-in.",
-                "Build the job image with the package sagemaker-mlflow.",
-            ) from None
-        return
+    if managed.is_managed(uri):
+        return managed.prepare(uri)
     if uri.startswith("databricks"):
         url = os.environ.get("DATABRICKS_HOST", "")
         if not url and "://" not in uri:
@@ -264,8 +247,3 @@ def _check_host(uri: str) -> None:
             f"{f':{parts.port}' if parts.port else ''} ({type(error).__name__}).",
             "Check the address and the job's network: VPC, security group, proxy, certificate.",
         ) from None
-
-
-def _no_plugin_noise(record: logging.LogRecord) -> bool:
-    """The sagemaker-mlflow plug-in complains at every request to a server whose URI is no ARN."""
-    return "list index out of range" not in record.getMessage()

@@ -93,6 +93,21 @@ def test_images_leave_out_what_belongs_to_the_workstation(
     assert not {name for name in installed if name.startswith("sagemaker")} | installed & {"moto", "pytest"}
 
 
+def test_job_image_keeps_the_plug_in_of_managed_mlflow_aside(
+    engine: Engine, job_image: str, tmp_path: Path
+) -> None:
+    """Where mlflow does not load it for every server; steps/registry/managed.py does, for an ARN."""
+    code = (
+        "import importlib.util as u; from steps.registry import managed; "
+        "assert not u.find_spec('sagemaker_mlflow'); "
+        "managed.prepare('arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server/x'); "
+        "import sagemaker_mlflow"
+    )
+    log = tmp_path / "log"
+    process = engine.start(job_image, "python3", "-c", code, volumes={}, environment={}, log=log)
+    assert process.wait(timeout=120) == 0, log.read_text()
+
+
 def test_labels_say_what_it_is(engine: Engine, serve_image: str) -> None:
     labels = engine.labels(serve_image)
     assert labels["org.opencontainers.image.title"] == "mla-pipeline serve"

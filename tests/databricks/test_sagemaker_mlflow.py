@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 import threading
 import uuid
@@ -22,13 +24,13 @@ import pytest
 import requests
 from moto.server import ThreadedMotoServer
 
-from steps import pull_model
 from tests.databricks.conftest import Pull
 from tests.databricks.mlflow_server import server_url
-from tests.databricks.runner import failed, run_step
+from tests.databricks.runner import Outcome, failed
 from tests.databricks.test_routes import check
 from tests.steps.test_record_release import document, give_release, record
 
+ROOT = Path(__file__).resolve().parents[2]
 REGION = "eu-central-1"
 ARN = f"arn:aws:sagemaker:{REGION}:123456789012:mlflow-tracking-server/models"
 APP_ARN = f"arn:aws:sagemaker:{REGION}:123456789012:mlflow-app/app-1"
@@ -175,11 +177,78 @@ def test_a_role_without_the_permission_is_told_which(service, pull: Pull) -> Non
     assert "USE CATALOG" not in message
 
 
-def test_an_image_without_the_plug_in_is_named(service, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "sagemaker_mlflow", None)  # makes the import fail
-    outcome = run_step(pull_model.main, pull_model.arguments, ["--model-uri", "models:/a@b"], tmp_path)
+# The job image: the plug-in lies in a folder of its own. A process with other packages stands in for it.
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of links: all packages but the plug-in (/opt/venv), and it alone (/opt/sagemaker-mlflow)."""
+    installed = Path(mlflow.__file__).parents[1]
+    environment, plugin = (tmp_path_factory.mktemp(name) for name in ("environment", "plugin"))
+    for entry in installed.iterdir():
+        folder = plugin if entry.name.startswith("sagemaker_mlflow") else environment
+        (folder / entry.name).symlink_to(entry)
+    return environment, plugin
+
+
+def pull_in_the_image(
+    packages: tuple[Path, Path], uri: str, root: Path, **variables: str
+) -> tuple[Outcome, str]:
+    """PullModel as a process that has only these packages. Returns its outcome and its log."""
+    path = os.pathsep.join((str(ROOT), str(packages[0])))
+    environment = {**os.environ, "PYTHONPATH": path, "MLA_ML_ROOT": str(root), **variables}
+    code = (
+        "import runpy, sys; sys.argv[0] = 'pull_model'\n"
+        "try: runpy.run_module('steps.pull_model', run_name='__main__', alter_sys=True)\n"
+        "finally: print('plug-in imported:', 'sagemaker_mlflow' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, "--model-uri", uri],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    message = root / "output" / "message"
+    outcome = Outcome(done.returncode, message.read_text() if message.exists() else "", root)
+    return outcome, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_image_loads_the_plug_in_for_an_arn(packages, service, version, folder, tmp_path: Path) -> None:
+    outcome, log = pull_in_the_image(
+        packages, f"models:/{version.name}@champion", tmp_path / "ml", MLA_SAGEMAKER_MLFLOW=str(packages[1])
+    )
+    assert outcome.code == 0, log
+    assert check(outcome, folder)["tracking_uri"] == ARN
+    assert "plug-in imported: True" in log
+
+
+@pytest.mark.slow
+def test_the_image_loads_it_for_nothing_else(packages, service, tmp_path: Path) -> None:
+    outcome, log = pull_in_the_image(
+        packages,
+        "models:/absent@champion",
+        tmp_path,
+        MLFLOW_TRACKING_URI=server_url(),
+        MLA_SAGEMAKER_MLFLOW=str(packages[1]),
+    )
+    failed(outcome, "absent", "does not exist")
+    assert "plug-in imported: False" in log
+    assert "list index out of range" not in log
+
+
+@pytest.mark.slow
+def test_an_image_without_the_plug_in_is_named(packages, service, tmp_path: Path) -> None:
+    outcome, _ = pull_in_the_image(packages, "models:/a@b", tmp_path)
     failed(outcome, ARN, "lacks its plug-in", "package sagemaker-mlflow")
     assert not service.accepted
+
+
+def test_a_workstation_that_has_it_hears_no_complaint(service, pull: Pull, monkeypatch, caplog) -> None:
+    """The SageMaker SDK installs it beside mlflow, where it meddles with every server's requests."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_url())
+    failed(pull("models:/absent@champion"), "does not exist")
+    assert "list index out of range" not in caplog.text
 
 
 @pytest.mark.parametrize(
