@@ -47,7 +47,9 @@ def _submit(loop: EngineLoop, model: str, request: CompletionRequest | ChatReque
             f"{len(prompts)} prompts times n={request.n}, expected 1..{protocol.MAX_PROMPTS}", "prompt"
         )
     copies = [prompt for prompt in prompts for _ in range(request.n)]
-    return loop.submit(copies, request.samplings(len(prompts)), ends_only=not request.stream)
+    return loop.submit(
+        copies, request.samplings(len(prompts), loop.engine.config.generation), ends_only=not request.stream
+    )
 
 
 async def _collect(http: Request, streams: Streams) -> None:

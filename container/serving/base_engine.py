@@ -3,7 +3,7 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -94,6 +94,9 @@ class BaseEngine(ABC):
             raise BadRequest(
                 f"prompt has token id {bad}, the vocabulary has 0..{self.config.vocab_size - 1}", "prompt"
             )
+        if sampling.fit and len(ids) < self.max_model_len:
+            room = self.max_model_len - len(ids)
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
         if len(ids) + sampling.max_tokens > self.max_model_len:
             raise BadRequest(
                 f"prompt of {len(ids)} tokens plus max_tokens {sampling.max_tokens} is over this model's "

@@ -3,21 +3,18 @@
 Imports no torch, so that a pipeline step which only reads the configuration stays light.
 """
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from container.serving.config_json import Keys, NotMlaModel, read_json
+from container.serving.generation import GenerationDefaults
+from container.serving.rope import Rope, read_rope
 
 # model_type -> how the router scores experts. Other families keep keys and values apart and have no latent.
 SCORING = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-class NotMlaModel(ValueError):
-    """The folder holds no multi-head latent attention model that this engine can run; says why and where."""
 
 
 def find_checkpoint(model_dir: Path) -> Path:
@@ -56,45 +53,6 @@ def find_tokenizer(checkpoint: Path, model_dir: Path | None = None) -> Path | No
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of the decoupled key. `kind` is "default" or "yarn" (arXiv 2309.00071)."""
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    original_max_positions: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    truncate: bool = True
-
-    @property
-    def embedding_scale(self) -> float:
-        """Factor on cos and sin: YaRN's attention factor."""
-        if self.kind != "yarn":
-            return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
-        return yarn_mscale(self.factor, 1.0)
-
-    @property
-    def softmax_factor(self) -> float:
-        """Factor on the softmax scale: DeepSeek multiplies it by mscale(factor, mscale_all_dim) squared."""
-        if self.kind != "yarn" or not self.mscale_all_dim:
-            return 1.0
-        return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 * mscale * ln(factor) + 1, and 1 for a factor that does not extend the context."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """A validated DeepSeek-V2/V3 configuration. Sizes are in values, names as in Hugging Face's file."""
 
@@ -130,6 +88,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
+    fp8_block: tuple[int, int] | None  # rows and columns of a weight's block that shares a scale
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     @property
     def qk_head_dim(self) -> int:
@@ -150,32 +110,30 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Reads and validates config.json (and the end tokens in generation_config.json) of a checkpoint.
+        """Reads and validates config.json and, where there is one, generation_config.json of a checkpoint.
 
         Raises NotMlaModel naming the file and the key that is missing or that this engine cannot run.
         """
         path = Path(folder) / "config.json"
-        raw = _read_json(path)
-        generation = path.with_name("generation_config.json")
-        eos = raw.get("eos_token_id")
-        if generation.is_file():
-            eos = _read_json(generation).get("eos_token_id", eos)
-        return cls.from_dict(raw, where=str(path), eos=eos)
+        raw = read_json(path)
+        config = cls.from_dict(raw, where=str(path))
+        path = path.with_name("generation_config.json")
+        if not path.is_file():
+            return config
+        generation = read_json(path)
+        if "eos_token_id" in generation:
+            config = replace(config, eos_token_ids=_token_ids(generation["eos_token_id"]))
+        return replace(config, generation=GenerationDefaults.from_dict(generation, str(path)))
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], where: str = "config", eos: Any = None) -> "ModelConfig":
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config") -> "ModelConfig":
         """The configuration of a parsed config.json; `where` names its origin in errors."""
-        keys = _Keys(raw, where)
+        keys = Keys(raw, where)
         model_type = raw.get("model_type")
         if model_type not in SCORING:
             raise NotMlaModel(
                 f"{where}: model_type is {model_type!r}, and only {', '.join(SCORING)} are multi-head latent "
                 "attention models that this engine runs"
-            )
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method")
-            raise NotMlaModel(
-                f"{where}: quantization_config ({method}) is not supported; convert the weights to bfloat16"
             )
         v3 = model_type == "deepseek_v3"
         if raw.get("scoring_func", SCORING[model_type]) != SCORING[model_type]:
@@ -218,13 +176,14 @@ class ModelConfig:
             routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
             scoring=SCORING[model_type],
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=_rope(raw, where),
+            rope=read_rope(raw, where),
             rope_interleave=bool(raw.get("rope_interleave", True)),
             attention_bias=bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position_embeddings=keys.size("max_position_embeddings"),
-            eos_token_ids=_token_ids(raw.get("eos_token_id") if eos is None else eos),
+            eos_token_ids=_token_ids(raw.get("eos_token_id")),
+            fp8_block=_fp8_block(raw.get("quantization_config"), where),
         )
         config._check_experts(where)
         return config
@@ -244,71 +203,19 @@ class ModelConfig:
             )
 
 
-class _Keys:
-    """Typed access to config.json: an error names the file and the key."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str):
-        self.raw, self.where = raw, where
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        if value is None:
-            if default is None:
-                raise NotMlaModel(f"{self.where}: key {key!r} is missing; this is no DeepSeek-V2/V3 model")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise NotMlaModel(f"{self.where}: {key} is {value!r}, expected a whole number of at least 0")
-        return value
-
-    def size(self, key: str, multiple: int = 1) -> int:
-        value = self.count(key)
-        if value < 1 or value % multiple:
-            raise NotMlaModel(f"{self.where}: {key} is {value}, expected a positive multiple of {multiple}")
-        return value
-
-    def dtype(self) -> str:
-        name = str(self.raw.get("dtype") or self.raw.get("torch_dtype") or "float32").removeprefix("torch.")
-        if name not in DTYPES:
-            raise NotMlaModel(f"{self.where}: dtype is {name!r}, expected one of {', '.join(DTYPES)}")
-        return name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotMlaModel(f"{path} does not exist; a checkpoint folder needs it") from None
-    except ValueError as error:
-        raise NotMlaModel(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise NotMlaModel(f"{path} holds {type(raw).__name__}, expected an object")
-    return raw
-
-
-def _rope(raw: Mapping[str, Any], where: str) -> Rope:
-    # transformers 5 writes rope_parameters; the published checkpoints have rope_theta and rope_scaling
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return Rope(theta)
-    if kind != "yarn":
-        raise NotMlaModel(f"{where}: rope type {kind!r} is not supported, only 'default' and 'yarn'")
-    if scaling.get("factor") is None:
-        raise NotMlaModel(f"{where}: the yarn rope has no 'factor'")
-    original = scaling.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 0)
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=float(scaling["factor"]),
-        original_max_positions=int(original),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        mscale=scaling.get("mscale"),
-        mscale_all_dim=scaling.get("mscale_all_dim"),
-        attention_factor=scaling.get("attention_factor"),
-        truncate=bool(scaling.get("truncate", True)),
-    )
+def _fp8_block(quantization: Any, where: str) -> tuple[int, int] | None:
+    """The block of DeepSeek-V3's own FP8 form: e4m3 weights with a float32 scale for each block."""
+    if not quantization:
+        return None
+    block = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or quantization.get("fmt", "e4m3") != "e4m3" or not block:
+        raise NotMlaModel(
+            f"{where}: quantization_config ({quantization.get('quant_method')}) is not supported, only fp8 "
+            "(e4m3) with weight_block_size; convert the weights to bfloat16"
+        )
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise NotMlaModel(f"{where}: weight_block_size is {block!r}, expected two positive whole numbers")
+    return block[0], block[1]
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ class Engine(BaseEngine):
         kernels = Path(kernel_dir) if kernel_dir else None
         attention = DecodeAttention(backend, kernels, where, config, kind, kv_cache_dtype)
         limit = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
-        model = Model(config, Loader(Checkpoint(checkpoint), where, kind, progress), limit)
+        model = Model(config, Loader(Checkpoint(checkpoint, config.fp8_block), where, kind, progress), limit)
         cache = LatentCache(
             config.num_hidden_layers, _cache_pages(config, options, limit, where, attention), attention, where
         )

@@ -15,6 +15,7 @@ from container.serving.rows import rms_scale
 
 TILE = 8192  # weights a program has in flight: 64 a thread
 ROUTER_ROWS = 4
+DOWN_ROWS, DOWN_COLUMNS = 4, 512
 
 
 @triton.jit
@@ -243,29 +244,33 @@ def _expert_down_kernel(  # type: ignore[no-untyped-def]
     OUT: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr, CHOICES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    """Products add up lane by lane over all experts and are summed once: each sum costs a barrier."""
     release_dependents(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     fits = (row < OUT)[:, None]
-    wait_for_previous(DEPENDENT)
-    total = tl.zeros((ROWS,), tl.float32)
-    for choice in range(CHOICES):
-        expert = tl.load(expert_ptr + choice).to(tl.int64)
-        weights = weight_ptr + (expert * OUT + row[:, None]) * WIDTH + column[None, :]
-        part = tl.zeros((ROWS,), tl.float32)
-        for start in tl.static_range(0, WIDTH, COLUMNS):
-            inside = start + column < WIDTH
-            weight = tl.load(weights + start, mask=fits & inside[None, :], other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + choice * WIDTH + start + column, mask=inside, other=0.0).to(tl.float32)
-            part += tl.sum(weight * x[None, :], axis=1)
-        total += part * tl.load(share_ptr + choice)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     weights = shared_weight_ptr + row[:, None] * SHARED + column[None, :]
+    # on their way before the kernel before this one has ended, unlike those that depend on the router
+    weight = tl.load(weights, mask=fits & (column < SHARED)[None, :], other=0.0)
+    wait_for_previous(DEPENDENT)
     for start in tl.static_range(0, SHARED, COLUMNS):
         inside = start + column < SHARED
-        weight = tl.load(weights + start, mask=fits & inside[None, :], other=0.0).to(tl.float32)
+        if start > 0:
+            weight = tl.load(weights + start, mask=fits & inside[None, :], other=0.0)
         x = tl.load(shared_x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(weight * x[None, :], axis=1)
-    tl.store(out_ptr + row, total.to(out_ptr.dtype.element_ty), mask=row < OUT)
+        total += weight.to(tl.float32) * x[None, :]
+    for choice in tl.static_range(CHOICES):
+        expert = tl.load(expert_ptr + choice).to(tl.int64)
+        share = tl.load(share_ptr + choice)
+        chosen = weight_ptr + (expert * OUT + row[:, None]) * WIDTH + column[None, :]
+        for start in tl.static_range(0, WIDTH, COLUMNS):
+            inside = start + column < WIDTH
+            part = tl.load(chosen + start, mask=fits & inside[None, :], other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + choice * WIDTH + start + column, mask=inside, other=0.0).to(tl.float32)
+            total += part * (x * share)[None, :]
+    value = tl.sum(total, axis=1)
+    tl.store(out_ptr + row, value.to(out_ptr.dtype.element_ty), mask=row < OUT)
 
 
 def chosen_experts(
@@ -291,11 +296,11 @@ def chosen_experts(
         x, w_in, experts, inner, WIDTH=width, IN=hidden, ROWS=rows, COLUMNS=columns, num_warps=4, **DEPENDENT
     )
     # narrow enough that the last step wastes few lanes when the width is no power of two
-    columns = min(512, triton.next_power_of_2(width))
-    _expert_down_kernel[(triton.cdiv(hidden, 8),)](
+    columns = min(DOWN_COLUMNS, triton.next_power_of_2(width))
+    _expert_down_kernel[(triton.cdiv(hidden, DOWN_ROWS),)](
         inner, w_out, experts, shares, inner if shared_x is None else shared_x,
         w_out if shared_w_out is None else shared_w_out, out,
         OUT=hidden, WIDTH=width, SHARED=0 if shared_w_out is None else shared_w_out.shape[1],
-        CHOICES=choices, ROWS=8, COLUMNS=columns, num_warps=4, **DEPENDENT,
+        CHOICES=choices, ROWS=DOWN_ROWS, COLUMNS=columns, num_warps=4, **DEPENDENT,
     )  # fmt: skip
     return out

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from container.serving.batch import Batch
 from container.serving.cache import LatentCache
-from container.serving.checkpoint import ModelConfig, Rope
+from container.serving.checkpoint import ModelConfig
 from container.serving.fused import norm, on_triton, rms_norm, rotate, silu_product
+from container.serving.rope import Rope
 from container.serving.weights import Loader
 
 LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm do not take rms_norm_eps

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
+from container.serving.generation import GenerationDefaults
 from container.serving.sequence import BadRequest, Logprob, Sampling, Sequence
 from container.serving.tokenizer import Tokenizer
 
@@ -40,16 +41,23 @@ class Request(BaseModel):
     def wanted_logprobs(self) -> int | None:
         return None
 
-    def samplings(self, prompts: int) -> list[Sampling]:
-        """One for each of n completions of each prompt; with a seed each gets its own, counted up from it."""
+    def samplings(self, prompts: int, defaults: GenerationDefaults) -> list[Sampling]:
+        """One for each of n completions of each prompt; with a seed each gets its own, counted up from it.
+
+        What the request does not say, the checkpoint's generation_config.json says, and after it Sampling.
+        """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        chosen = {}
+        for name in ("max_tokens", "temperature", "top_k", "top_p"):
+            value = getattr(self, name)
+            value = getattr(defaults, name) if value is None else value
+            if value is not None:
+                chosen[name] = value
 
         def one(index: int) -> Sampling:
             return Sampling(
-                max_tokens=16 if self.max_tokens is None else self.max_tokens,
-                temperature=self.temperature or 0.0,
-                top_k=self.top_k or 0,
-                top_p=1.0 if self.top_p is None else self.top_p,
+                **chosen,
+                fit=self.max_tokens is None,
                 seed=None if self.seed is None else self.seed + index,
                 stop=tuple(stop),
                 logprobs=self.wanted_logprobs(),

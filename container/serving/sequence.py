@@ -22,6 +22,7 @@ class BadRequest(ValueError):
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary.
 
+    With `fit` max_tokens is no more than what the model's limit leaves after the prompt, instead of an error.
     logprobs: None for none, else how many alternatives to report beside the chosen token.
     Raises BadRequest naming the value that is out of range.
     """
@@ -34,6 +35,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    fit: bool = False
 
     def __post_init__(self) -> None:
         self._check("max_tokens", self.max_tokens >= 1, "at least 1")

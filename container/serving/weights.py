@@ -20,12 +20,14 @@ class WeightError(ValueError):
 class Checkpoint:
     """Tensors of a folder of *.safetensors, sharded or not, by their Hugging Face names.
 
-    Files stay memory mapped, so opening a checkpoint reads only its headers.
+    Files stay memory mapped, so opening a checkpoint reads only its headers. With `fp8_block` (rows, columns)
+    e4m3 weights are multiplied by their block's scale, `<name>_scale_inv`, as they are read.
     Raises WeightError for a missing or damaged shard.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, fp8_block: tuple[int, int] | None = None):
+        self.folder, self._fp8_block = Path(folder), fp8_block
+        self.bytes_read = 0
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -57,7 +59,20 @@ class Checkpoint:
         return name in self._file_of
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor on the CPU as a view of the mapped file, in the dtype it is stored in."""
+        """The tensor on the CPU: a view of the mapped file in the dtype it is stored in, float32 for FP8."""
+        tensor = self._stored(name, shape)
+        if self._fp8_block is not None and tensor.dtype == torch.float8_e4m3fn:
+            rows, columns = self._fp8_block
+            grid = (-(-tensor.shape[0] // rows), -(-tensor.shape[1] // columns))
+            scale = self._stored(f"{name}_scale_inv", grid).float()
+            scale = scale.repeat_interleave(rows, 0)[: tensor.shape[0]]
+            scale = scale.repeat_interleave(columns, 1)[:, : tensor.shape[1]]
+            return tensor.float() * scale
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise WeightError(f"{name} is stored as {tensor.dtype}; convert the checkpoint to bfloat16")
+        return tensor
+
+    def _stored(self, name: str, shape: Sequence[int]) -> Tensor:
         if name not in self._file_of:
             raise WeightError(f"{self.folder} has no tensor {name}; the checkpoint is incomplete")
         tensor = self._handles[self._file_of[name]].get_tensor(name)
@@ -66,8 +81,7 @@ class Checkpoint:
                 f"{name} in {self.folder / self._file_of[name]} has shape {tuple(tensor.shape)}, "
                 f"config.json says {tuple(shape)}"
             )
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise WeightError(f"{name} is stored as {tensor.dtype}; convert the checkpoint to bfloat16")
+        self.bytes_read += tensor.nbytes
         return tensor
 
 
@@ -86,12 +100,12 @@ class Loader:
     ):
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self._progress = progress or LogProgress(checkpoint.total_bytes)
-        self._total, self._done = max(checkpoint.total_bytes, 1), 0
+        self._total = max(checkpoint.total_bytes, 1)
 
     def one(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """One stored tensor. On the CPU in its own dtype this is the mapped file itself."""
         source = self.checkpoint.tensor(name, shape)
-        return self._checked(name, source.to(self.device, dtype or self.dtype), source)
+        return self._checked(name, source.to(self.device, dtype or self.dtype))
 
     def optional(self, name: str, *shape: int) -> Tensor | None:
         return self.one(name, *shape) if name in self.checkpoint else None
@@ -103,7 +117,7 @@ class Loader:
         start = 0
         for name, shape in parts:
             source = self.checkpoint.tensor(name, shape)
-            self._checked(name, target[start : start + shape[0]].copy_(source), source)
+            self._checked(name, target[start : start + shape[0]].copy_(source))
             start += shape[0]
         return target
 
@@ -115,19 +129,18 @@ class Loader:
             start = 0
             for name, shape in group:
                 source = self.checkpoint.tensor(name, shape)
-                self._checked(name, row[start : start + shape[0]].copy_(source), source)
+                self._checked(name, row[start : start + shape[0]].copy_(source))
                 start += shape[0]
         return target
 
-    def _checked(self, name: str, tensor: Tensor, source: Tensor) -> Tensor:
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         low, high = torch.aminmax(tensor)  # both are NaN if any value is
         if not torch.isfinite(low + high):
             raise WeightError(
                 f"{name} in {self.checkpoint.folder} holds NaN or infinity as {tensor.dtype}; "
                 "train or convert the checkpoint again"
             )
-        self._done += source.nbytes
-        self._progress(min(1.0, self._done / self._total))
+        self._progress(min(1.0, self.checkpoint.bytes_read / self._total))
         return tensor
 
 

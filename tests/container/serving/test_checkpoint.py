@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from container.serving.checkpoint import ModelConfig, NotMlaModel, find_checkpoint, find_tokenizer
+from container.serving.generation import GenerationDefaults
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -89,6 +90,19 @@ def test_end_tokens_of_the_generation_config_win(tmp_path: Path) -> None:
     assert ModelConfig.from_folder(tmp_path).eos_token_ids == (5, 7)
 
 
+def test_defaults_of_the_generation_config(tmp_path: Path) -> None:
+    write(tmp_path, V3)
+    assert ModelConfig.from_folder(tmp_path).generation == GenerationDefaults()
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": true, "temperature": 0.3, "top_p": 0.95, "max_new_tokens": 64}')
+    assert ModelConfig.from_folder(tmp_path).generation == GenerationDefaults(0.3, 0.95, None, 64)
+    path.write_text('{"do_sample": false, "temperature": 0.3}')
+    assert ModelConfig.from_folder(tmp_path).generation.temperature == 0
+    path.write_text('{"top_p": 2}')
+    with pytest.raises(NotMlaModel, match=r"generation_config\.json: top_p is 2, expected"):
+        ModelConfig.from_folder(tmp_path)
+
+
 def test_yarn_of_deepseek_v3() -> None:
     scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0}
     config = ModelConfig.from_dict({**V3, "rope_scaling": {**scaling, "mscale_all_dim": 1.0}})
@@ -107,6 +121,11 @@ def test_yarn_of_deepseek_v3() -> None:
         ({"qk_rope_head_dim": 0}, "qk_rope_head_dim is 0"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\)"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            "weight_block_size is",
+        ),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ({"topk_method": "greedy"}, "topk_method 'greedy'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

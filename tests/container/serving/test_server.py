@@ -1,6 +1,7 @@
 """The endpoint's contract over real HTTP on loopback, with a server on a thread."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -116,6 +117,27 @@ def test_completion(server: Server) -> None:
         server, "/v1/completions", prompt=list(b"hello"), max_tokens=6, return_token_ids=True
     ).json()
     assert by_ids["choices"][0]["token_ids"] == choice["token_ids"]
+
+
+def test_the_checkpoint_says_what_the_request_does_not(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    defaults = {"temperature": 1.0, "top_k": 1, "max_new_tokens": 1000, "eos_token_id": None}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    gate = threading.Event()
+    gate.set()
+    server = Server(folder, gate)
+    server.wait_ready()
+    usage = post(server, prompt="hello").json()["usage"]
+    assert usage["total_tokens"] == LIMIT  # 1000 is more than fits, and no error where nobody asked for it
+    assert post(server, prompt="hello", max_tokens=3).json()["usage"]["completion_tokens"] == 3
+    assert post(server, prompt="hello", max_tokens=1000).status_code == 400
+    first, second = (
+        post(server, prompt="hello", max_tokens=30, **k).json() for k in ({}, {"temperature": 0})
+    )
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]  # top_k 1 leaves nothing to chance
+    free = [post(server, prompt="hello", max_tokens=30, top_k=0).json()["choices"] for _ in range(2)]
+    assert free[0] != free[1]
+    server.stop()
 
 
 def test_several_prompts_and_completions(server: Server) -> None:
