@@ -74,16 +74,18 @@ async def _collect(http: Request, streams: Streams) -> None:
 
 async def _events(build: Answer, streams: Streams, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events of all sequences as they come, then [DONE]."""
-    unsent = [0] * len(streams.sequences)  # tokens whose text was held back
+    # tokens made and sent: the text of some is held back, and the sequence itself may be ahead of its steps
+    made, sent = [0] * len(streams.sequences), [0] * len(streams.sequences)
     async with streams:
         async for index, step in streams:
-            unsent[index] += step.token_id is not None
+            made[index] += step.token_id is not None
             if step.finish_reason == "error":
                 body = error_body(step.sequence.error or "generation failed", "server_error")
                 yield f"data: {json.dumps(body)}\n\n"
             elif step.text or step.finish_reason or build.token_ids:
-                event = build.chunk(index, step.sequence, step.text, unsent[index], step.finish_reason)
-                unsent[index] = 0
+                new = slice(sent[index], made[index])
+                sent[index] = made[index]
+                event = build.chunk(index, step.sequence, step.text, new, step.finish_reason)
                 yield f"data: {json.dumps(event)}\n\n"
         if with_usage:
             yield f"data: {json.dumps(build.final_usage(streams.sequences))}\n\n"

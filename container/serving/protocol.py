@@ -205,9 +205,9 @@ class Answer:
         return {**self._head(kind), "choices": choices, "usage": usage(sequences)}
 
     def chunk(
-        self, index: int, sequence: Sequence, text: str, new: int, reason: str | None
+        self, index: int, sequence: Sequence, text: str, new: slice, reason: str | None
     ) -> dict[str, Any]:
-        """A stream's event: `text` and the last `new` tokens of sequence `index`."""
+        """A stream's event: `text` and the `new` of the tokens of sequence `index`."""
         choice: dict[str, Any] = {"index": index}
         if self.chat:
             choice["delta"] = {"role": "assistant", "content": text} if text else {}
@@ -215,9 +215,9 @@ class Answer:
             choice["text"] = text
         choice["finish_reason"] = reason
         if sequence.sampling.logprobs is not None:
-            choice["logprobs"] = self._logprobs(sequence.logprobs[len(sequence.logprobs) - new :])
+            choice["logprobs"] = self._logprobs(sequence.logprobs[new])
         if self.token_ids:
-            choice["token_ids"] = sequence.output[len(sequence.output) - new :]
+            choice["token_ids"] = sequence.output[new]
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head(kind), "choices": [choice]}
 
