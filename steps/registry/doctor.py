@@ -3,8 +3,9 @@
     python -m steps.registry.doctor MODEL_URI [--json]
 
 Unity Catalog's rules: reading a model needs USE CATALOG and USE SCHEMA on its parents and EXECUTE on it;
-writing tags needs APPLY TAG on it (Databricks documentation, "Manage model lifecycle in Unity Catalog" and
-"Apply tags to Unity Catalog securable objects").
+writing tags needs APPLY TAG on it; an alias is set by the model's owner, who holds every privilege on it
+(Databricks documentation, "Manage model lifecycle in Unity Catalog", "Apply tags to Unity Catalog securable
+objects", "Manage Unity Catalog object ownership"; REST API, "Set Registered Model Alias").
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from steps.registry.uris import ModelUri, check_unity_catalog_name, parse_model_
 # what a privilege is for, and the kind of securable (as the grants API calls it) that it is held on
 _READ = (("catalog", "USE_CATALOG"), ("schema", "USE_SCHEMA"), ("function", "EXECUTE"))
 _WRITE = (("function", "APPLY_TAG"),)
-_IMPLIED_BY = {"ALL_PRIVILEGES", "MANAGE"}
+_ALL = "ALL_PRIVILEGES"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _checks(uri_text: str) -> Iterator[Check]:
             yield from _grants(uri, _READ)
         return
     if registry.is_unity_catalog and uri.name:
-        yield from _grants(uri, _WRITE)
+        yield from _grants(uri, _WRITE, alias=True)
 
 
 def _readable(registry: Registry, model: ResolvedModel) -> Check:
@@ -87,26 +88,33 @@ def _readable(registry: Registry, model: ResolvedModel) -> Check:
     return Check("files", "ok", f"{len(files)} files, {total} bytes, by {model.store.describe}")
 
 
-def _grants(uri: ModelUri, wanted: tuple[tuple[str, str], ...]) -> Iterator[Check]:
-    """Ask Unity Catalog which of the privileges this principal holds."""
-    catalog, schema, _ = (uri.name or "").split(".")
-    names = {"catalog": catalog, "schema": f"{catalog}.{schema}", "function": uri.name or ""}
+def _grants(uri: ModelUri, wanted: tuple[tuple[str, str], ...], alias: bool = False) -> Iterator[Check]:
+    """Ask Unity Catalog which of the privileges this principal holds, and whether it may set an alias."""
+    name = uri.name or ""
+    catalog, schema, _ = name.split(".")
+    names = {"catalog": catalog, "schema": f"{catalog}.{schema}", "function": name}
     try:
         from databricks.sdk import WorkspaceClient
 
         client = WorkspaceClient()
-        principal = client.current_user.me().user_name or ""
+        me = client.current_user.me()
     except Exception as error:  # the SDK raises its own, requests' and ValueError
         yield Check("grants", "unknown", f"{type(error).__name__}: {_first_line(error)}")
         return
+    principal = me.user_name or ""
+    owner, reason = _owner(client, name)
+    owns = owner in {principal, *(group.display for group in me.groups or [])}
     for kind, privilege in wanted:
         securable, words = names[kind], privilege.replace("_", " ")
+        if kind == "function" and owns:
+            yield Check(f"{words} on {securable}", "ok", f"{principal}, by ownership")
+            continue
         try:
             held = _privileges(client, kind, securable, principal)
         except Exception as error:
             yield Check(f"{words} on {securable}", "unknown", f"{type(error).__name__}: {_first_line(error)}")
             continue
-        if privilege in held or held & _IMPLIED_BY:
+        if held & {privilege, _ALL}:
             yield Check(f"{words} on {securable}", "ok", principal)
         else:
             keyword = {"catalog": "CATALOG", "schema": "SCHEMA", "function": "FUNCTION"}[kind]
@@ -116,6 +124,31 @@ def _grants(uri: ModelUri, wanted: tuple[tuple[str, str], ...]) -> Iterator[Chec
                 f"{principal} does not hold it (privileges through groups may not be listed)",
                 f"GRANT {words} ON {keyword} {securable} TO `{principal}`",
             )
+    if alias:
+        yield _may_set_alias(name, principal, owner, owns, reason)
+
+
+def _may_set_alias(name: str, principal: str, owner: str, owns: bool, reason: str) -> Check:
+    title = f"ownership of {name}"
+    if not owner:
+        return Check(title, "unknown", reason)
+    if owns:
+        return Check(title, "ok", owner)
+    return Check(
+        title,
+        "failed",
+        f"only its owner, {owner}, may set an alias (or a metastore admin), not {principal}",
+        f"databricks registered-models update {name} --owner GROUP, with both in that group",
+    )
+
+
+def _owner(client: Any, name: str) -> tuple[str, str]:
+    """Owner of the model, or "" and why it is not known."""
+    try:
+        owner = client.registered_models.get(name).owner
+    except Exception as error:
+        return "", f"{type(error).__name__}: {_first_line(error)}"
+    return owner or "", "the workspace does not say who owns it"
 
 
 def _privileges(client: Any, kind: str, securable: str, principal: str) -> set[str]:

@@ -51,12 +51,13 @@ def _explain(registry: RegistryName, subject: str, error: Exception) -> StepErro
             f"Renew the secret that {SECRET_VARIABLE} names; check DATABRICKS_HOST.",
         )
     if code in ("PERMISSION_DENIED", "AccessDenied") or status == 403:
-        return StepError(
-            f"{subject}: permission denied by {where}: {text}.",
-            "Allow the job's role sagemaker-mlflow:* on this ARN, and to read the server's bucket."
-            if where.startswith("arn:")
-            else f"Grant the job's principal {GRANTS}; `mla-pipeline doctor` says which is missing.",
-        )
+        if where.startswith("arn:"):
+            fix = "Allow the job's role sagemaker-mlflow:* on this ARN, and to read the server's bucket."
+        elif "owner" in text:
+            fix = "Make the job's principal an owner of the model; `mla-pipeline doctor` says who owns it."
+        else:
+            fix = f"Grant the job's principal {GRANTS}; `mla-pipeline doctor` says which is missing."
+        return StepError(f"{subject}: permission denied by {where}: {text}.", fix)
     if code == "REQUEST_LIMIT_EXCEEDED" or status == 429:
         return StepError(
             f"{where} limits the rate of requests (429) for {subject}.", "Start the step again later."

@@ -87,7 +87,7 @@ def get_alias(request: Any) -> Any:
 def set_alias(request: Any) -> Any:
     arguments = request.arguments()
     find_version(request.workspace, arguments["name"], arguments["version"])
-    request.workspace.require("APPLY_TAG", arguments["name"])
+    require_owner(request.workspace, arguments["name"])
     request.workspace.models[arguments["name"]].aliases[arguments["alias"]] = str(arguments["version"])
     return {}
 
@@ -100,6 +100,7 @@ def get_version(request: Any) -> Any:
 def create_version(request: Any) -> Any:
     arguments = request.arguments()
     model = find(request.workspace, arguments["name"])
+    require_owner(request.workspace, arguments["name"])
     version = str(len(model.versions) + 1)
     tags = {tag["key"]: tag["value"] for tag in arguments.get("tags", [])}
     folder = Path(tempfile.mkdtemp(prefix="unity-"))
@@ -154,8 +155,20 @@ def sdk_enabled(request: Any) -> Any:
     return {"is_databricks_sdk_models_artifact_repository_enabled": request.workspace.route == "files"}
 
 
+def require_owner(workspace: Workspace, name: str) -> None:
+    """New versions and aliases are the owner's (documentation: "Upgrade workflows", Required privileges)."""
+    if workspace.models[name].owner not in (PRINCIPAL, *workspace.groups):
+        raise Refusal(403, "PERMISSION_DENIED", f"User is not an owner of Routine or Model '{name}'.")
+
+
 def me(request: Any) -> Any:
-    return {"id": "1", "userName": PRINCIPAL, "displayName": PRINCIPAL}
+    groups = [{"display": group} for group in request.workspace.groups]
+    return {"id": "1", "userName": PRINCIPAL, "displayName": PRINCIPAL, "groups": groups}
+
+
+def model_info(request: Any, name: str) -> Any:
+    """The model as Unity Catalog's own API describes it, not as the registry does."""
+    return {"full_name": name, "owner": find(request.workspace, name).owner}
 
 
 def permissions(request: Any, kind: str, name: str) -> Any:
@@ -186,5 +199,6 @@ ROUTES: list[Route] = [
     ("POST", f"{_UC}/model-versions/generate-temporary-credentials", credentials),
     ("POST", f"{_UC}/model-versions/emit-lineage", lambda request: {}),
     ("GET", "/api/2.0/preview/scim/v2/Me", me),
+    ("GET", r"/api/2\.1/unity-catalog/models/(?P<name>[^/]+)", model_info),
     ("GET", r"/api/2\.1/unity-catalog/effective-permissions/(?P<kind>\w+)/(?P<name>[^/]+)", permissions),
 ]

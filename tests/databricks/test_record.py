@@ -53,6 +53,12 @@ def test_the_right_to_tag_is_missing(workspace: Workspace, run_id: str, tmp_path
     assert "staging" not in workspace.models[NAME].aliases
 
 
+def test_the_model_belongs_to_somebody_else(workspace: Workspace, run_id: str, tmp_path: Path) -> None:
+    workspace.models[NAME].owner = "data-scientists"
+    give_release(tmp_path, NAME, "1", run_id)
+    failed(record(tmp_path, "staging"), "not an owner", NAME, "says who owns it")
+
+
 def test_the_registry_is_busy_for_a_moment(
     workspace: Workspace, run_id: str, tmp_path: Path, monkeypatch
 ) -> None:

@@ -182,7 +182,7 @@ def test_a_role_without_the_permission_is_told_which(service, pull: Pull) -> Non
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders of links: all packages but the plug-in (/opt/venv), and it alone (/opt/sagemaker-mlflow)."""
+    """Folders of links, as the image has: one without the plug-in (/opt/venv), one with nothing else."""
     installed = Path(mlflow.__file__).parents[1]
     environment, plugin = (tmp_path_factory.mktemp(name) for name in ("environment", "plugin"))
     for entry in installed.iterdir():

@@ -41,8 +41,9 @@ class Version:
 
 @dataclass
 class Model:
-    """A registered model."""
+    """A registered model. `owner`: a user or a group."""
 
+    owner: str = PRINCIPAL
     versions: dict[str, Version] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
@@ -89,6 +90,7 @@ class Workspace:
         self.runs: dict[str, dict[str, Any]] = {}
         self.run_files = True  # whether the Files API serves runs' artifacts
         self.missing_grants: set[tuple[str, str]] = set()  # (privilege, securable) that the principal lacks
+        self.groups: list[str] = []  # that the principal is in
         self.extra_entries: list[str] = []  # names that the Files API lists besides the real ones
         self.faults: list[Fault] = []
         self.requests: list[str] = []
