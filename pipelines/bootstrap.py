@@ -108,14 +108,14 @@ def deploy(
 
 def prefix(settings: Settings) -> str:
     """NamePrefix of the stack that gives the configured names. Raises UserError when none does."""
-    group = settings.names.model_package_group
-    if not group.endswith("-models"):
+    name = settings.names.production_pipeline
+    if not name.endswith("-production"):
         raise UserError(
-            f"names.model_package_group = '{group}' does not end in -models",
+            f"names.production_pipeline = '{name}' does not end in -production",
             f"config/{settings.environment}.yaml",
-            "the stack names the group <prefix>-models",
+            "the stack's names begin with <prefix> in <prefix>-production",
         )
-    return group.removesuffix("-models")
+    return name.removesuffix("-production")
 
 
 def configuration(outputs: Mapping[str, str]) -> dict[str, Any]:
@@ -225,13 +225,23 @@ def _network(settings: Settings, given: Mapping[str, str], outputs: Mapping[str,
 
 def _core(settings: Settings, given: Mapping[str, str], outputs: Mapping[str, str], folder: Path) -> Stack:
     template = folder / "infrastructure.yaml"
+    return Stack(prefix(settings), template, _own(template, {**_common(settings), **given}))
+
+
+def _common(settings: Settings) -> dict[str, str]:
+    """Parameters of core and roles that the configuration decides; two accounts know each other by it."""
     derived = {"NamePrefix": prefix(settings), "ArtifactPrefix": settings.prefix}
-    return Stack(prefix(settings), template, _own(template, {**derived, **given}))
+    if not settings.deploys:
+        derived["ProductionAccountId"] = str(settings.production_account)
+    if not settings.releases:
+        derived["ReleaseAccountId"] = settings.group_account
+        derived["ReleaseNamePrefix"] = settings.group_name.removesuffix("-models")
+    return derived
 
 
 def _roles(settings: Settings, given: Mapping[str, str], outputs: Mapping[str, str], folder: Path) -> Stack:
     template = folder / "infrastructure" / "roles.yaml"
-    derived = {"NamePrefix": prefix(settings), "ArtifactPrefix": settings.prefix}
+    derived = _common(settings)
     if settings.mlflow.secret_arn:
         derived["DatabricksSecretArn"] = settings.mlflow.secret_arn
     if "SecurityGroupId" in outputs:

@@ -69,10 +69,10 @@ def make(aws: Aws, settings: Settings, pipelines: Mapping[str, Any]) -> Plan:
     """The plan for rendered pipelines (`upsert.render`) in the account as it is now."""
     changes = tuple(upsert.plan(aws, settings, pipelines))
     prices = Prices.load(settings.region)
-    release = next(one for one in changes if one.name == settings.names.release_pipeline)
+    release = next((one.after for one in changes if one.name == settings.names.release_pipeline), "")
     return Plan(
         changes=changes,
-        costs=tuple(costs(aws, settings, prices, json.loads(release.after))),
+        costs=tuple(costs(aws, settings, prices, json.loads(release) if release else None)),
         quotas=tuple(quotas(aws, needed_instances(settings))),
         prices=prices.source(),
     )
@@ -106,8 +106,22 @@ def _parameter_line(parameter: ParameterChange) -> str:
     return f"parameter {parameter.name} {parameter.kind}: {edits or warning[parameter.kind]}"
 
 
-def costs(aws: Aws, settings: Settings, prices: Prices, definition: dict[str, Any]) -> Iterator[Cost]:
-    """A run of the release pipeline, as last measured and at most; an hour and a month of each endpoint."""
+def costs(aws: Aws, settings: Settings, prices: Prices, definition: dict[str, Any] | None) -> Iterator[Cost]:
+    """A run of the release pipeline, as last measured and at most; an hour and a month of each endpoint.
+
+    definition: of the release pipeline, None in an account that only deploys.
+    """
+    if definition:
+        yield from _release_costs(aws, settings, prices, definition)
+    for name, kind, count in _endpoints(settings):
+        basis = f"{count} x {kind}; twice while an update runs both fleets"
+        yield Cost(f"endpoint {name}", prices.of(kind, 1, count), "an hour", basis)
+        yield Cost(f"endpoint {name}", prices.of(kind, HOURS_A_MONTH, count), "a month", f"{HOURS_A_MONTH} h")
+
+
+def _release_costs(
+    aws: Aws, settings: Settings, prices: Prices, definition: dict[str, Any]
+) -> Iterator[Cost]:
     jobs = dict(_jobs(definition))
     hours, basis = _measured_hours(aws, settings.names.release_pipeline, set(jobs))
     yield Cost("release", _sum(prices.of(kind, hours[name]) for name, kind in jobs.items()), "a run", basis)
@@ -118,18 +132,16 @@ def costs(aws: Aws, settings: Settings, prices: Prices, definition: dict[str, An
         "a run",
         f"every job to its limit of {settings.jobs.timeout_minutes} minutes",
     )
-    for name, kind, count in _endpoints(settings):
-        basis = f"{count} x {kind}; twice while an update runs both fleets"
-        yield Cost(f"endpoint {name}", prices.of(kind, 1, count), "an hour", basis)
-        yield Cost(f"endpoint {name}", prices.of(kind, HOURS_A_MONTH, count), "a month", f"{HOURS_A_MONTH} h")
 
 
 def _endpoints(settings: Settings) -> Iterator[tuple[str, str, int]]:
-    """Name, instance type and count of staging and production, by the configured defaults."""
-    for values, name in (
-        (settings.parameters.release, "StagingEndpointName"),
-        (settings.parameters.production, "ProductionEndpointName"),
+    """Name, instance type and count of the account's endpoints, by the configured defaults."""
+    for values, name, here in (
+        (settings.parameters.release, "StagingEndpointName", settings.releases),
+        (settings.parameters.production, "ProductionEndpointName", settings.deploys),
     ):
+        if not here:
+            continue
         yield str(values[name]), str(values["EndpointInstanceType"]), int(values["EndpointInstanceCount"])
 
 
@@ -167,9 +179,8 @@ def _measured_hours(aws: Aws, pipeline: str, jobs: set[str]) -> tuple[dict[str, 
 def needed_instances(settings: Settings) -> dict[str, int]:
     """Quota name to instances: one run at a time, both endpoints, the larger one doubled by its update."""
     release = settings.parameters.release
-    processing = Counter(
-        {str(release["ProcessingInstanceType"]): 1}
-    )  # CompileKernel and Evaluate follow each other
+    # CompileKernel and Evaluate follow each other
+    processing = Counter({str(release["ProcessingInstanceType"]): 1} if settings.releases else {})
     processing[settings.jobs.control_instance_type] += 1
     serving: Counter[str] = Counter()
     updating: Counter[str] = Counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, ValidationInfo
 
 from pipelines import deployment, parameters, schedule
 from pipelines.deployment import Deployment
@@ -20,6 +20,7 @@ from pipelines.strict import Strict, Text
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 NAME = r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*$"  # SageMaker's EntityName
+GROUP = r"^(arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:model-package-group/)?[a-zA-Z0-9](-*[a-zA-Z0-9])*$"
 
 ROLES = (
     "PullModel",
@@ -36,6 +37,8 @@ ROLES = (
 
 # An execution's id and a dash are appended to a pipeline's name, and SageMaker takes 63 characters.
 Name = Annotated[str, StringConstraints(pattern=NAME, max_length=48)]
+Group = Annotated[str, StringConstraints(pattern=GROUP)]  # a name; the ARN of another account's
+Account = Annotated[str, StringConstraints(pattern=r"^\d{12}$")]
 RoleArn = Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")]
 Schedule = Annotated[str, AfterValidator(schedule.check)]
 
@@ -76,11 +79,14 @@ class Mlflow(Strict):
 
 
 class Names(Strict):
-    """Names of the resources that outlive an execution."""
+    """Names of the resources that outlive an execution.
+
+    model_package_group: in an account that only deploys, the ARN of the releasing account's group.
+    """
 
     release_pipeline: Name
     production_pipeline: Name
-    model_package_group: Name
+    model_package_group: Group
     approval_rule: Name
 
 
@@ -92,6 +98,15 @@ class Jobs(Strict):
     timeout_minutes: Annotated[int, Field(ge=1, le=7200)]
 
 
+def _only_of_vllm(value: int, info: ValidationInfo) -> int:
+    if value > 1 and info.data.get("engine") == "native":
+        raise ValueError("the native engine uses one GPU; set endpoint.engine: vllm, or this to 1")
+    return value
+
+
+GpusOfVllm = Annotated[int, Field(ge=1), AfterValidator(_only_of_vllm)]
+
+
 class Endpoint(Strict):
     """Staging and production endpoints."""
 
@@ -99,6 +114,9 @@ class Endpoint(Strict):
     download_timeout_seconds: Annotated[int, Field(ge=60, le=3600)]
     inference_ami: str | None = None
     kernel_delivery: Literal["data_source", "download"]  # mounted by SageMaker, or fetched by the server
+    engine: Literal["native", "vllm"]  # of container/serving, or vLLM with the compiled kernel inside it
+    tensor_parallel: GpusOfVllm
+    pipeline_parallel: GpusOfVllm
 
 
 class Cache(Strict):
@@ -137,6 +155,7 @@ class Settings(Strict):
     prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")]
     role: RoleArn  # of the pipelines, and of whatever `roles` does not name
     roles: Mapping[str, RoleArn] = Field(default_factory=dict)  # by step name, `endpoint` or `events`
+    production_account: Account | None = None  # in an account that only releases: the one that deploys
     kms_key: str | None = None
     network: Network | None = None
     images: Images
@@ -152,6 +171,32 @@ class Settings(Strict):
     def role_of(self, name: str) -> str:
         """The role of a processing step by its name, of the `endpoint`, or of the approval `events`."""
         return self.roles.get(name, self.role)
+
+    @property
+    def account(self) -> str:
+        """This account's number."""
+        return self.role.split(":")[4]
+
+    @property
+    def group_account(self) -> str:
+        """The account whose versions are released and approved."""
+        group = self.names.model_package_group
+        return group.split(":")[4] if group.startswith("arn:") else self.account
+
+    @property
+    def group_name(self) -> str:
+        """The model package group's name, without account."""
+        return self.names.model_package_group.rsplit("/", 1)[-1]
+
+    @property
+    def releases(self) -> bool:
+        """Whether the release pipeline belongs to this account."""
+        return self.group_account == self.account
+
+    @property
+    def deploys(self) -> bool:
+        """Whether the production pipeline belongs to this account."""
+        return self.production_account in (None, self.account)
 
     @property
     def role_name(self) -> str:
@@ -180,6 +225,13 @@ class Settings(Strict):
             settings = cls.model_validate({**merged, "environment": environment})
         except ValidationError as error:
             raise _explain(error, layers, environment) from None
+        if not (settings.releases or settings.deploys):
+            where = _origin(layers, "production_account")
+            raise UserError(
+                "the account neither releases nor deploys",
+                where,
+                "give production_account in the releasing account, the group's ARN in the other",
+            )
         checked = {
             name: parameters.check_defaults(
                 name, getattr(settings.parameters, name), _origin(layers, "parameters", name)

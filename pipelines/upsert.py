@@ -1,8 +1,8 @@
 """Bring an account to what the configuration says, in two stages: `plan` only reads, `execute` changes.
 
-Resources: the model package group, both pipelines, the EventBridge rule that starts production when a version
-of the group is approved, and the one that starts releases on a schedule, if there is one. The bucket and the
-roles are infrastructure and must be there.
+Resources of an account that releases: the model package group, the release pipeline, and the rule that starts
+it on a schedule, if there is one. Of one that deploys: the production pipeline, and the rule that starts it
+when a version of the group is approved. The bucket and the roles are infrastructure and must be there.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class Change:
 
 
 def render(settings: Settings) -> dict[str, Any]:
-    """Both SDK pipelines by name, each checked by lint. Imports the SDK, which takes seconds."""
+    """The account's SDK pipelines by name, each checked by lint. Imports the SDK, which takes seconds."""
     from pipelines import production, release
 
-    built = (release.get_pipeline(settings), production.get_pipeline(settings))
+    built = [release.get_pipeline(settings)] if settings.releases else []
+    built += [production.get_pipeline(settings)] if settings.deploys else []
     for one in built:
         lint.require_clean(one.name, one.definition())
     return {one.name: one for one in built}
@@ -48,9 +49,10 @@ def render(settings: Settings) -> dict[str, Any]:
 def plan(aws: Aws, settings: Settings, pipelines: Mapping[str, Any]) -> list[Change]:
     """What `execute` would do, in order. Reads only."""
     _require_bucket(aws, settings)
-    group = _plan_group(aws, settings.names.model_package_group)
+    group = [_plan_group(aws, settings.group_name)] if settings.releases else []
     changes = [_plan_pipeline(aws, settings, one) for one in pipelines.values()]
-    return [group, *changes, _plan_rule(aws, settings), *_plan_schedule(aws, settings)]
+    rule = [_plan_rule(aws, settings)] if settings.deploys else []
+    return [*group, *changes, *rule, *(_plan_schedule(aws, settings) if settings.releases else [])]
 
 
 def execute(changes: list[Change]) -> None:
@@ -61,12 +63,13 @@ def execute(changes: list[Change]) -> None:
 
 
 def event_pattern(settings: Settings) -> dict[str, Any]:
-    """Approvals of this group only: lifecycle changes share the detail type."""
+    """Approvals of this group only, of the account that has it: lifecycle changes share the detail type."""
     return {
         "source": ["aws.sagemaker"],
+        "account": [settings.group_account],
         "detail-type": ["SageMaker Model Package State Change"],
         "detail": {
-            "ModelPackageGroupName": [settings.names.model_package_group],
+            "ModelPackageGroupName": [settings.group_name],
             "ModelApprovalStatus": ["Approved"],
         },
     }

@@ -230,9 +230,31 @@ def test_wrong_parameters_deploy_nothing(
     assert stacks(aws) == []
 
 
+def test_two_accounts_know_each_other_by_their_configuration(aws: Aws, folder: Path) -> None:
+    releasing = Settings.load("dev", {"production_account": "444455556666"})
+    deploy(aws, releasing, folder)
+    core = parameters(aws, "mla-dev")
+    assert (core["ProductionAccountId"], core["ReleaseAccountId"]) == ("444455556666", "")
+    group = "arn:aws:sagemaker:us-east-1:777788889999:model-package-group/mla-first-models"
+    deploying = Settings.load("production", {"names.model_package_group": group})
+    deploy(aws, deploying, folder)
+    for stack in ("mla", "mla-roles"):
+        made = parameters(aws, stack)
+        assert (made["ReleaseAccountId"], made["ReleaseNamePrefix"]) == ("777788889999", "mla-first")
+    assert parameters(aws, "mla")["ProductionAccountId"] == ""
+
+
+def test_a_deploying_account_is_given_the_group_of_the_other_one() -> None:
+    other = {"ReleaseAccountId": "777788889999", "ReleaseNamePrefix": "mla-first"}
+    outputs = Stack(load(CORE), other).outputs
+    group = "arn:aws:sagemaker:us-east-1:777788889999:model-package-group/mla-first-models"
+    assert outputs["ModelPackageGroupName"] == group
+    assert Settings.load("production", {"names.model_package_group": group}).group_name == "mla-first-models"
+
+
 def test_names_that_no_stack_gives_are_refused(aws: Aws) -> None:
-    odd = Settings.load("dev", {"names.model_package_group": "packages"})
-    with pytest.raises(UserError, match=r"does not end in -models: config/dev.yaml"):
+    odd = Settings.load("dev", {"names.production_pipeline": "moves"})
+    with pytest.raises(UserError, match=r"does not end in -production: config/dev.yaml"):
         bootstrap.deploy(aws, odd, {}, print)
 
 

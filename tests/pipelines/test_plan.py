@@ -62,6 +62,38 @@ def test_against_nothing_everything_is_added(deployed: str) -> None:
     assert "RegisterModel" in {one.name for one in found.steps}  # inside the gate's branch
 
 
+GROUP = "arn:aws:sagemaker:us-east-1:777788889999:model-package-group/mla-models"
+
+
+@pytest.mark.parametrize(
+    ("changes", "made", "endpoints"),
+    [
+        ({}, {"mla-release", "mla-production"}, ["mla-staging", "mla-production"]),
+        ({"production_account": "444455556666"}, {"mla-release"}, ["mla-staging"]),
+        ({"names.model_package_group": GROUP}, {"mla-production"}, ["mla-production"]),
+    ],
+    ids=["one account", "releasing", "deploying"],
+)
+def test_an_account_gets_the_pipelines_that_belong_to_it(
+    changes: dict[str, object], made: set[str], endpoints: list[str]
+) -> None:
+    settings = Settings.load("local", changes)
+    rendered = upsert.render(settings)
+    assert set(rendered) == made
+    costs = plan.costs(Mock(), settings, Prices.load(settings.region), None)
+    assert [one.what for one in costs if one.unit == "an hour"] == [f"endpoint {name}" for name in endpoints]
+    quotas = plan.needed_instances(settings)
+    machine = str(settings.parameters.release["ProcessingInstanceType"])
+    assert (plan.PROCESSING_QUOTA.format(machine) in quotas) is settings.releases
+
+
+def test_approvals_of_the_other_account_start_production() -> None:
+    settings = Settings.load("local", {"names.model_package_group": GROUP})
+    pattern = upsert.event_pattern(settings)
+    assert pattern["account"] == ["777788889999"]
+    assert pattern["detail"]["ModelPackageGroupName"] == ["mla-models"]
+
+
 CASES: dict[str, tuple[Callable[[Document], Any], list[str]]] = {
     "image": (
         lambda d: step(d, "CompileKernel")["Arguments"]["AppSpecification"].update(ImageUri="new:1"),

@@ -67,6 +67,13 @@ def test_a_wrong_key_or_value_is_refused_with_its_place(key: str, value: object,
     assert f"override {key}" in str(error.value)
 
 
+def test_an_account_that_neither_releases_nor_deploys_is_refused() -> None:
+    group = "arn:aws:sagemaker:us-east-1:777788889999:model-package-group/x-models"
+    both = {"names.model_package_group": group, "production_account": "444455559999"}
+    with pytest.raises(UserError, match=r"neither releases nor deploys: override production_account"):
+        Settings.load("production", both)
+
+
 def test_the_error_names_the_file_that_holds_the_key(tmp_path: Path) -> None:
     folder = _copy(tmp_path)
     text = (CONFIG / "local.yaml").read_text()
