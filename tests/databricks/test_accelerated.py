@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -109,6 +110,53 @@ def test_a_batch_job_runs_the_released_kernel(root: Path, released: dict, tmp_pa
     rows = [json.loads(line) for line in (elsewhere / "out.jsonl").read_text().splitlines()]
     assert rows[0] == {"prompt": PROMPT, "completion": expected}
     assert rows[1]["prompt"] == "x"
+
+
+SPARK = """
+import json, sys
+from pyspark.sql import SparkSession
+sys.path.insert(0, sys.argv[1])
+from batch_inference import spark_udf
+spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
+complete = spark_udf(spark, "models:/fast@staging", max_new_tokens=8)
+table = spark.createDataFrame([(text,) for text in sys.argv[2:]], ["prompt"])
+print(json.dumps([row.asDict() for row in table.withColumn("completion", complete("prompt")).collect()]))
+"""
+
+
+def no_spark() -> str | None:
+    """Why Spark cannot run here, None when it can."""
+    if not importlib.util.find_spec("pyspark"):
+        return "pyspark is not installed (pip install pyspark)"
+    return None if shutil.which("java") else "no Java (Debian: apt-get install openjdk-17-jre-headless)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(no_spark() is not None, reason=no_spark() or "")
+def test_spark_runs_the_released_kernel(root: Path, released: dict, tmp_path: Path) -> None:
+    """examples/batch_inference.py's Spark function, in Spark's own worker process."""
+    document(register(root))
+    engine = Engine.load(
+        released["root"] / "checkpoint", released["root"] / "kernel", kv_cache_dtype="float32"
+    )
+    expected = [engine.generate([text], max_tokens=8)[0].text for text in (PROMPT, "x")]
+    environment = os.environ | {
+        "CXX": "/bin/false",
+        "MLA_KERNEL_CACHE": str(tmp_path / "none"),
+        "PYSPARK_PYTHON": sys.executable,
+        "SPARK_LOCAL_IP": "127.0.0.1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", SPARK, str(ROOT / "examples"), PROMPT, "x"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert [row["completion"] for row in rows] == expected
 
 
 def test_weights_that_were_changed_are_refused(
