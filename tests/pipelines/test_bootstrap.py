@@ -230,11 +230,14 @@ def test_wrong_parameters_deploy_nothing(
     assert stacks(aws) == []
 
 
-def test_two_accounts_know_each_other_by_their_configuration(aws: Aws, folder: Path) -> None:
+def test_a_releasing_account_knows_the_deploying_one_by_its_configuration(aws: Aws, folder: Path) -> None:
     releasing = Settings.load("dev", {"production_account": "444455556666"})
     deploy(aws, releasing, folder)
     core = parameters(aws, "mla-dev")
     assert (core["ProductionAccountId"], core["ReleaseAccountId"]) == ("444455556666", "")
+
+
+def test_a_deploying_account_knows_the_releasing_one_by_its_group(aws: Aws, folder: Path) -> None:
     group = "arn:aws:sagemaker:us-east-1:777788889999:model-package-group/mla-first-models"
     deploying = Settings.load("production", {"names.model_package_group": group})
     deploy(aws, deploying, folder)
