@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from container.requirements import requirements
-from tests.container_image.buildah import REPOSITORY
+from tests.container_image.buildah import DOCKERFILE, REPOSITORY
 
 REGISTRY = "111122223333.dkr.ecr.us-east-1.amazonaws.com"
 STAND_IN = """#!/bin/sh
@@ -97,6 +98,13 @@ def test_requirements_are_those_of_the_extras() -> None:
     assert found == sorted(set(found))
     assert {line.split(">")[0] for line in found} >= {"starlette", "mlflow", "torch"}
     assert not [line for line in found if line.startswith("sagemaker")]
+
+
+def test_the_dockerfile_asks_for_extras_that_are_there() -> None:
+    asked = re.findall(r"requirements\.py ([a-z -]+) >", DOCKERFILE.read_text())
+    assert len(asked) >= 2
+    for extras in asked:
+        requirements(extras.split(), REPOSITORY / "pyproject.toml")
 
 
 def test_an_unknown_extra_is_named() -> None:
