@@ -20,7 +20,16 @@ from botocore.exceptions import ClientError
 
 from pipelines.settings import Settings
 from tests.pipelines.sandbox.conftest import BUCKET, Aws
-from tests.pipelines.sandbox.test_endpoints import alarm, create, model, settle, source, wait_for_phase, who
+from tests.pipelines.sandbox.test_endpoints import (
+    alarm,
+    ask,
+    create,
+    model,
+    settle,
+    source,
+    wait_for_phase,
+    who,
+)
 
 GROUP = "updated-models"
 INSTANCES = 4
@@ -31,6 +40,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "all_at_once": {"strategy": "all_at_once"},
 }
 STEPWISE = ("canary", "linear", "rolling")
+OBSERVED = {
+    "strategy": "all_at_once",
+    "capture": {"percent": 100, "mode": "Input"},
+    "scaling": {"min_instances": 2, "max_instances": 8, "invocations_per_minute": 60},
+}
 
 
 class Production:
@@ -92,7 +106,10 @@ class Production:
 
         name = f"update-{strategy.replace('_', '-')}-{bake_seconds}"
         if name not in self._pipelines:
-            values = STRATEGIES[strategy] | {"bake_seconds": bake_seconds, "alarms": [name]}
+            values = {**STRATEGIES, "observed": OBSERVED}[strategy] | {
+                "bake_seconds": bake_seconds,
+                "alarms": [name],
+            }
             overrides: dict[str, object] = {f"deployment.{key}": value for key, value in values.items()}
             overrides |= {"bucket": BUCKET, "role": self.aws.role, "prefix": "mla-pipeline"}
             overrides["parameters.production.EndpointInstanceCount"] = INSTANCES
@@ -324,6 +341,44 @@ def test_rolling_moves_instances_with_the_traffic(production: Production, live: 
     answers = [who(aws, live) for _ in range(8)]
     assert answers.count(f"{live}-new") == 4
     assert production.ended(execution)["action"] == "updated"
+
+
+def test_production_is_captured_and_scales_and_an_update_keeps_its_instances(
+    production: Production, live: str
+) -> None:
+    aws, scaling = production.aws, production.aws.client("application-autoscaling")
+    first = production.version(f"{live}-new")
+    assert production.deploy(first, live, strategy="observed")["action"] == "updated"
+    ask(aws, live, '{"prompt": "x"}', ContentType="application/json")
+    folder = f"mla-pipeline/data-capture/{live}/AllTraffic/"
+    (captured,) = aws.s3.list_objects_v2(Bucket=BUCKET, Prefix=folder)["Contents"]
+    data = json.loads(aws.get(captured["Key"]))["captureData"]
+    assert data["endpointInput"]["data"] == '{"prompt": "x"}'
+    assert "endpointOutput" not in data
+
+    resource = f"endpoint/{live}/variant/AllTraffic"
+    found = scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[resource])
+    (target,) = found["ScalableTargets"]
+    assert (target["MinCapacity"], target["MaxCapacity"]) == (2, 8)
+    grown = [{"VariantName": "AllTraffic", "DesiredInstanceCount": 6}]  # what scaling would do
+    aws.sagemaker.update_endpoint_weights_and_capacities(EndpointName=live, DesiredWeightsAndCapacities=grown)
+    second = production.version(f"{live}-newer")
+    assert production.deploy(second, live, strategy="observed")["action"] == "updated"
+    endpoint = aws.sagemaker.describe_endpoint(EndpointName=live)
+    assert endpoint["ProductionVariants"][0]["CurrentInstanceCount"] == 6
+    assert scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[resource])[
+        "ScalableTargets"
+    ]
+
+
+def test_a_failed_update_goes_on_scaling(production: Production, live: str) -> None:
+    scaling = production.aws.client("application-autoscaling")
+    broken = production.version(f"{live}-new", TOY_MODE="exit")
+    assert "was rolled back" in production.deploy(broken, live, strategy="observed")["failure"]
+    found = scaling.describe_scalable_targets(
+        ServiceNamespace="sagemaker", ResourceIds=[f"endpoint/{live}/variant/AllTraffic"]
+    )
+    assert len(found["ScalableTargets"]) == 1
 
 
 def test_managed_instance_scaling_is_refused_as_the_service_refuses_it(aws: Aws, name: str) -> None:
