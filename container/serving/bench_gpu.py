@@ -2,7 +2,7 @@
 
 Random weights in DeepSeek-V2-Lite's shape (15.7B parameters, bfloat16) made on the GPU, and a cache of random
 latents: a decode step's time does not depend on their values. Every engine runs in a process of its own, one
-after the other, and leaves its times as JSON; the table has a column for each.
+after the other, and leaves a line of JSON for each point; the table has a column for each engine.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +62,12 @@ class Plan:
     steps: int
     kernel_dir: str | None
     profile: bool
+    after: str | None = None
+
+    def wait(self) -> None:
+        """Until the file `after` exists: an engine may load while the machine still does something else."""
+        while self.after and not Path(self.after).exists():
+            time.sleep(0.1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class RandomLoader:
         return torch.empty(shape, dtype=dtype, device=self.device).normal_(std=shape[-1] ** -0.5)
 
 
-def our_engine(plan: Plan, backend: str) -> list[Timing]:
+def our_engine(plan: Plan, backend: str) -> Iterator[Timing]:
     """This package's engine with one of the kernel backends."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     config = ModelConfig.from_dict(V2_LITE)
@@ -112,19 +119,17 @@ def our_engine(plan: Plan, backend: str) -> list[Timing]:
     cache = LatentCache(config.num_hidden_layers, batch * (limit // PAGE + 2), attention, device)
     cache.fill_random()
     engine = Engine(model, Tokenizer(None), cache, options, limit)
-    timings = []
+    plan.wait()
     for context in plan.contexts:
         for batch in plan.batches:
             engine.decode_step_times(context, batch, 4, prefill=False)
             times = engine.decode_step_times(context, batch, plan.steps, prefill=False)
-            timings.append(timing(context, batch, times))
-            print(backend, timings[-1], flush=True)
+            yield timing(context, batch, times)
             if plan.profile:
                 _profile(engine, context, batch)
-    return timings
 
 
-def vllm_engine(plan: Plan, attention: str | None) -> list[Timing]:
+def vllm_engine(plan: Plan, attention: str | None) -> Iterator[Timing]:
     """vLLM with its MLA backend `attention`, or with our kernel inside it (None)."""
     from container.serving import bench_vllm  # uses this module
 
@@ -146,7 +151,7 @@ def _profile(engine: Engine, context: int, batch: int) -> None:
 
 
 # A column of the table: its name, and what measures a plan in a process that it has to itself.
-ENGINES: dict[str, Callable[[Plan], list[Timing]]] = {
+ENGINES: dict[str, Callable[[Plan], Iterator[Timing]]] = {
     "hopper": lambda plan: our_engine(plan, "hopper"),
     "triton": lambda plan: our_engine(plan, "triton"),
     "vllm-hopper": lambda plan: vllm_engine(plan, None),
@@ -155,29 +160,32 @@ ENGINES: dict[str, Callable[[Plan], list[Timing]]] = {
 }
 
 
-def measure(name: str, plan: Plan, timeout: float) -> list[Timing] | str:
-    """One engine's times, measured in a process of its own, or why there are none."""
+@dataclass(frozen=True)
+class Result:
+    """What one engine's process left, and why there is no more of it (None: it is all)."""
+
+    timings: list[Timing]
+    failure: str | None
+
+
+def measure(name: str, plan: Plan, timeout: float) -> Result:
+    """One engine's times, measured in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "times.json"
-        command = [
-            sys.executable,
-            "-m",
-            "container.serving.bench_gpu",
-            "--only",
-            name,
-            "--plan",
-            json.dumps(asdict(plan)),
-        ]
+        out = Path(folder) / "times.jsonl"
+        words = ["--only", name, "--plan", json.dumps(asdict(plan)), "--json", str(out)]
+        command = [sys.executable, "-m", "container.serving.bench_gpu", *words]
+        failure = None
         try:
-            done = subprocess.run([*command, "--json", str(out)], timeout=timeout, check=False)
+            done = subprocess.run(command, timeout=timeout, check=False)
+            if done.returncode:
+                failure = f"failed with status {done.returncode}"
         except subprocess.TimeoutExpired:
-            return f"not done within {timeout:.0f} s"
-        if done.returncode or not out.is_file():
-            return f"failed with status {done.returncode}"
-        return [Timing(**row) for row in json.loads(out.read_text())]
+            failure = f"not done within {timeout:.0f} s"
+        rows = out.read_text().splitlines() if out.is_file() else []
+        return Result([Timing(**json.loads(row)) for row in rows], failure)
 
 
-def table(results: dict[str, list[Timing] | str]) -> str:
+def table(results: dict[str, Result]) -> str:
     """Markdown: a row for each context and batch, a column for each engine."""
     lines = [
         "# Decode speed of engines on a GPU",
@@ -191,16 +199,14 @@ def table(results: dict[str, list[Timing] | str]) -> str:
         "| context | batch | " + " | ".join(results) + " |",
         "|---" * (2 + len(results)) + "|",
     ]
-    measured = {
-        name: {(t.context, t.batch): t for t in r} for name, r in results.items() if not isinstance(r, str)
-    }
+    measured = {name: {(t.context, t.batch): t for t in r.timings} for name, r in results.items()}
     for context, batch in dict.fromkeys(point for times in measured.values() for point in times):
         cells = []
         for name in results:
-            t = measured.get(name, {}).get((context, batch))
+            t = measured[name].get((context, batch))
             cells.append(f"{t.median:.2f} ({t.p99:.2f}), {1e3 * batch / t.median:.0f}/s" if t else "-")
         lines.append(f"| {context} | {batch} | {' | '.join(cells)} |")
-    failures = [f"- {name}: {reason}" for name, reason in results.items() if isinstance(reason, str)]
+    failures = [f"- {name}: {r.failure}" for name, r in results.items() if r.failure]
     return "\n".join([*lines, *(["", *failures] if failures else [])]) + "\n"
 
 
@@ -213,14 +219,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kernel-dir", help="compiled kernels; default: build them")
     parser.add_argument("--profile", action="store_true", help="print the kernels' times")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for an engine")
+    parser.add_argument("--within", type=float, default=1e9, help="seconds for all of them")
+    parser.add_argument("--after", help="load the first engine, but measure only when this file exists")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("RESULTS_GPU.md"))
     options = parser.parse_args(arguments)
-    plan = Plan(options.context, options.batch, options.steps, options.kernel_dir, options.profile)
-    results = {name: measure(name, plan, options.timeout) for name in options.engines}
-    text = table(results)
-    options.out.write_text(text)
-    print(text)
-    return 1 if any(isinstance(r, str) for r in results.values()) else 0
+    kernels = options.kernel_dir
+    plan = Plan(options.context, options.batch, options.steps, kernels, options.profile, options.after)
+    end = time.monotonic() + options.within
+    results: dict[str, Result] = {}
+    for name in options.engines:
+        results[name] = measure(name, plan, min(options.timeout, end - time.monotonic()))
+        options.out.write_text(table(results))
+    print(options.out.read_text())
+    return 1 if any(r.failure for r in results.values()) else 0
 
 
 def measure_here(arguments: Sequence[str]) -> int:
@@ -230,8 +241,11 @@ def measure_here(arguments: Sequence[str]) -> int:
     parser.add_argument("--plan", required=True)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(arguments)
-    timings = ENGINES[options.only](Plan(**json.loads(options.plan)))
-    options.json.write_text(json.dumps([asdict(t) for t in timings]))
+    with options.json.open("w") as file:
+        for row in ENGINES[options.only](Plan(**json.loads(options.plan))):
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            print(options.only, row, flush=True)
     return 0
 
 

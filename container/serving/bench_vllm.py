@@ -1,19 +1,21 @@
 """vLLM's columns of `python -m container.serving.bench --gpu`: its own MLA backends, and ours inside it.
 
 vLLM draws its weights itself (load_format dummy) in the same shape, prefills the context for real and decodes
-with CUDA graphs of exactly the batch sizes measured; all else is as vLLM comes. A step's time is the time
-between two of its outputs, so what it overlaps with the GPU's work costs it nothing.
+with CUDA graphs of exactly the batch sizes measured and a cache just large enough; all else is as vLLM comes.
+A step's time is the time between two of its outputs, so what it overlaps with the GPU's work costs nothing.
 """
 
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from container.serving.attention import PAGE
 from container.serving.bench_gpu import V2_LITE, Plan, Timing, timing
 from container.serving.sequence import Sampling
 from container.serving.vllm_engine.arguments import VllmOptions
@@ -33,7 +35,7 @@ ROUTING = {
 }
 
 
-def vllm_engine(plan: Plan, attention: str | None = None) -> list[Timing]:
+def vllm_engine(plan: Plan, attention: str | None = None) -> Iterator[Timing]:
     """vLLM's decode steps with our kernel, or with its backend named `attention`."""
     batch, context = max(plan.batches), max(plan.contexts)
     extra: dict[str, Any] = {
@@ -51,10 +53,15 @@ def vllm_engine(plan: Plan, attention: str | None = None) -> list[Timing]:
             path,
             plan.kernel_dir,
             backend="hopper",
-            options=VllmOptions(max_batch=batch, max_model_len=limit, extra=extra),
+            options=VllmOptions(
+                max_batch=batch, max_model_len=limit, cache_tokens=batch * (limit + PAGE), extra=extra
+            ),
         )
+        plan.wait()
         try:
-            return [_point(engine, c, b, plan.steps) for c in plan.contexts for b in plan.batches]
+            for context in plan.contexts:
+                for batch in plan.batches:
+                    yield _point(engine, context, batch, plan.steps)
         finally:
             engine.close()
 
@@ -78,6 +85,4 @@ def _point(engine: VllmEngine, context: int, batch: int, steps: int) -> Timing:
         times.append(1e3 * (time.perf_counter() - start) / (len(sequences[0].output) - before))
     for sequence in sequences:
         engine.abort(sequence)
-    result = timing(context, batch, times)
-    print("vllm", result, flush=True)
-    return result
+    return timing(context, batch, times)

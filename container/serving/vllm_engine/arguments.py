@@ -14,6 +14,7 @@ from container.serving.sequence import Logprob, Sampling
 
 VLLM = "0.23.0"  # its attention interface moves with every version
 CACHE_DTYPES = ("bfloat16", "float16")
+ELEMENT_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def check_version() -> None:
         found = version("vllm")
     except PackageNotFoundError:
         raise RuntimeError(
-            "engine: vllm, but vLLM is not installed; build the image's target serve-vllm, or install the "
+            "engine: vllm, but vLLM is not installed; build the image with ENGINE=vllm, or install the "
             "extra vllm"
         ) from None
     if found.split("+")[0] != VLLM:
@@ -72,11 +73,14 @@ def engine_arguments(checkpoint: Path, config: ModelConfig, options: VllmOptions
         "tensor_parallel_size": options.tensor_parallel,
         "pipeline_parallel_size": options.pipeline_parallel,
     }
-    if options.max_model_len:
-        arguments["max_model_len"] = min(options.max_model_len, config.max_position_embeddings)
+    limits = [config.max_position_embeddings, options.max_model_len, options.cache_tokens]
+    arguments["max_model_len"] = min(limit for limit in limits if limit)
     if options.cache_tokens:
-        # vLLM's first block is its null block
-        arguments["num_gpu_blocks_override"] = 1 + -(-options.cache_tokens // PAGE)
+        blocks = 1 + -(-options.cache_tokens // PAGE)  # vLLM's first one is its null block
+        layers = -(-config.num_hidden_layers // options.pipeline_parallel)
+        arguments["kv_cache_memory_bytes"] = blocks * PAGE * config.latent_dim * ELEMENT_BYTES * layers
+        # Nothing is taken by this share any more; vLLM only looks whether it is free when it starts.
+        arguments["gpu_memory_utilization"] = 0.1
     return arguments | dict(options.extra or {})
 
 

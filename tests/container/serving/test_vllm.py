@@ -272,8 +272,8 @@ def test_vllms_arguments(tiny_folder: Path) -> None:
     assert (made["model"], made["dtype"]) == (str(tiny_folder), config.dtype)
     assert made["attention_backend"] == "CUSTOM"
     assert made["block_size"] == 64
-    assert made["max_model_len"] == config.max_position_embeddings
-    assert made["num_gpu_blocks_override"] == 3
+    assert made["max_model_len"] == 65
+    assert made["kv_cache_memory_bytes"] == 3 * 64 * 576 * 2 * config.num_hidden_layers
     assert made["tensor_parallel_size"] == 2
     assert made["enforce_eager"] is True
 
@@ -292,7 +292,7 @@ def test_without_vllm_the_server_says_what_to_install(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arguments, "version", lambda _: (_ for _ in ()).throw(arguments.PackageNotFoundError))
-    with pytest.raises(RuntimeError, match="serve-vllm"):
+    with pytest.raises(RuntimeError, match="ENGINE=vllm"):
         load(ServerSettings(tiny_folder, None, engine="vllm"))
 
 
