@@ -49,6 +49,7 @@ class Metrics:
         self.request_time, self.step_time = Histogram(), Histogram()
         self.gauges: dict[str, float] = {}
         self._recent: deque[float] = deque(maxlen=64)  # when the last requests finished
+        self._told = (0, 0.0)  # tokens and seconds of steps at the last embedded line
 
     def response(self, path: str, status: int) -> None:
         with self._lock:
@@ -119,8 +120,13 @@ class Metrics:
         return "\n".join(out) + "\n"
 
     def embedded(self, model: str) -> str:
-        """One CloudWatch embedded-metric line (namespace MlaServing) of the totals and gauges so far."""
+        """One CloudWatch embedded-metric line (namespace MlaServing) of the totals and gauges so far.
+
+        TokensPerSecond: of the time since the last line in which the engine worked; absent when it did not.
+        """
         with self._lock:
+            tokens, seconds = self.output_tokens - self._told[0], self.step_time.total - self._told[1]
+            self._told = self.output_tokens, self.step_time.total
             values = {
                 "Requests": sum(self.outcomes.values()),
                 "GeneratedTokens": self.output_tokens,
@@ -131,6 +137,8 @@ class Metrics:
             "RequestsWaiting": self.gauges.get("requests_waiting", 0),
             "CachePagesUsed": self.gauges.get("cache_pages_used", 0),
         }
+        if seconds > 0:
+            values["TokensPerSecond"] = tokens / seconds
         units = {"TimeToFirstTokenMean": "Seconds", "TimePerTokenMean": "Seconds"}
         definitions = [{"Name": name, "Unit": units.get(name, "Count")} for name in values]
         directive = {"Namespace": "MlaServing", "Dimensions": [["Model"]], "Metrics": definitions}

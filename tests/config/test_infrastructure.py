@@ -234,6 +234,25 @@ def test_alarms_of_the_production_configuration_exist() -> None:
     assert set(stack.outputs["RollbackAlarms"].split(",")) <= alarms
 
 
+def test_the_metric_of_tokens_is_one_that_the_server_logs() -> None:
+    """Alarm, dashboard and `status` read it; a filter of a field that no line has is silent for ever."""
+    from container.serving.metrics import Metrics
+
+    (found,) = Stack(load(WATCHING)).of_type("AWS::Logs::MetricFilter").values()
+    (made,) = found["MetricTransformations"]
+    field = made["MetricValue"].removeprefix("$.")
+    assert found["FilterPattern"] == f"{{ $.{field} = * }}"
+    metrics = Metrics()
+    assert field not in json.loads(metrics.embedded("m"))  # an idle server is not a slow one
+    metrics.output_tokens += 30
+    metrics.step_time.observe(0.5)
+    assert json.loads(metrics.embedded("m"))[field] == 60
+    assert field not in json.loads(metrics.embedded("m"))
+    read = json.dumps(load(WATCHING)["Resources"]["Dashboard"])
+    assert made["MetricName"] in read
+    assert made["MetricNamespace"] == "MlaPipeline/mla-production"
+
+
 def test_dashboard_is_json() -> None:
     (dashboard,) = Stack(load(WATCHING)).of_type("AWS::CloudWatch::Dashboard").values()
     titles = [one["properties"]["title"] for one in json.loads(dashboard["DashboardBody"])["widgets"]]
