@@ -90,7 +90,7 @@ class RandomLoader:
         if len(shape) == 1:
             filled = torch.zeros if name.endswith("bias") else torch.ones
             return filled(shape, dtype=dtype or self.dtype, device=self.device)
-        return self._draw(shape, dtype or self.dtype)
+        return self._draw(shape, self.dtype).to(dtype or self.dtype)  # drawn as it would be stored
 
     def optional(self, name: str, *shape: int) -> Tensor | None:
         return None

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from container.serving.attention import PAGE, DecodeAttention
 
+CPU_CACHE_BYTES = 1 << 30
+GPU_CACHE_FRACTION = 0.85  # of the memory that is free once the weights are loaded
 NULL_PAGE = 0  # never allocated: padded rows of a captured decode batch write here
 
 
@@ -72,6 +74,16 @@ class LatentCache:
     def attend(self, layer: int, q: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
         """Decode attention of q [n, heads, rank + rope], row i over lengths[i] tokens -> [n, heads, rank]."""
         return self.attention(q, self._data[layer], block_table, lengths)
+
+
+def pages_that_fit(layers: int, most: int, attention: DecodeAttention, device: torch.device) -> int:
+    """Pages for a cache in the memory that is left, at most `most`: what all requests together can use."""
+    page_bytes = PAGE * attention.row_width * attention.cache_dtype.itemsize * layers
+    room = CPU_CACHE_BYTES
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        room = int(GPU_CACHE_FRACTION * free)
+    return max(1, min(room // page_bytes, most))
 
 
 class PageAllocator:

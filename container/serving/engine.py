@@ -14,9 +14,10 @@ from torch import Tensor
 from container.serving.attention import DecodeAttention
 from container.serving.base_engine import BaseEngine
 from container.serving.batch import Batch, Span, make_batch
-from container.serving.cache import PAGE, LatentCache, PageAllocator
+from container.serving.cache import PAGE, LatentCache, PageAllocator, pages_that_fit
 from container.serving.checkpoint import ModelConfig, find_checkpoint, find_tokenizer
-from container.serving.graphs import DecodeGraphs
+from container.serving.fused import greedy
+from container.serving.graphs import DecodeGraphs, Started
 from container.serving.model import Model
 from container.serving.sampler import Choice, choose
 from container.serving.scheduler import Planned, Scheduler
@@ -27,8 +28,6 @@ from container.serving.weights import Checkpoint, Loader
 log = logging.getLogger(__name__)
 
 CACHE_DTYPES = ("bfloat16", "float16", "float32", "fp8_ds_mla")
-CPU_CACHE_BYTES = 1 << 30
-GPU_CACHE_FRACTION = 0.85  # of the memory that is free once the weights are loaded
 SCORE_ROWS = 256  # rows of one pass when a prompt is scored through the decode kernel
 
 
@@ -58,6 +57,7 @@ class Engine(BaseEngine):
         self.scheduler = Scheduler(self.allocator, options.max_batch, options.step_tokens)
         self._lock = threading.RLock()  # one step, or one change of the sequences, at a time
         self._graphs: DecodeGraphs | None = None
+        self._flight: _Flight | None = None  # a step that was started and not finished
         if model.device.type == "cuda" and options.cuda_graphs:
             pages = -(-limit // PAGE)
             self._graphs = DecodeGraphs(self._eager, options.max_batch, pages, model.device)
@@ -99,9 +99,12 @@ class Engine(BaseEngine):
         attention = DecodeAttention(backend, kernels, where, config, kind, kv_cache_dtype)
         limit = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         model = Model(config, Loader(Checkpoint(checkpoint, config.fp8_block), where, kind, progress), limit)
-        cache = LatentCache(
-            config.num_hidden_layers, _cache_pages(config, options, limit, where, attention), attention, where
-        )
+        most = options.max_batch * -(-limit // PAGE)
+        if options.cache_tokens is None:
+            pages = pages_that_fit(config.num_hidden_layers, most, attention, where)
+        else:
+            pages = max(1, -(-options.cache_tokens // PAGE))
+        cache = LatentCache(config.num_hidden_layers, pages, attention, where)
         limit = min(limit, cache.num_pages * PAGE)
         log.info(
             "%s loaded in %.1f s on %s: backend %s, cache of %d tokens in %s",
@@ -157,32 +160,66 @@ class Engine(BaseEngine):
         An exception of the model ends the sequences of this batch with finish_reason "error", no others.
         """
         with self._lock:
-            plan = self.scheduler.plan()
+            flight, self._flight = self._flight, None
+            plan = flight.plan if flight is not None else self.scheduler.plan()
             if not plan:
                 return []
             try:
-                return self._run(plan)
+                flight = flight or self._start(plan)
+                self._flight = self._start_next(flight)
+                return self._finish(flight)
             except Exception as error:
                 log.exception("a step of %d sequences failed", len(plan))
-                return [self._fail(p.sequence, f"{type(error).__name__}: {error}") for p in plan]
+                self._flight = None
+                message = f"{type(error).__name__}: {error}"
+                return [self._fail(p.sequence, message) for p in plan if p.sequence.state is State.RUNNING]
 
-    def _run(self, plan: list[Planned]) -> list[Step]:
+    def _start(self, plan: list[Planned]) -> "_Flight":
         spans, wanted = [], []
         for row, (sequence, count) in enumerate((p.sequence, p.count) for p in plan):
             start = sequence.computed
             spans.append(Span(sequence.tokens(start, start + count), start, sequence.pages))
             if start + count == sequence.length:
                 wanted.append(row)
-        graphs, tokens = self._graphs, None
-        if graphs is not None and len(wanted) == len(spans) and graphs.fits(spans):
-            logits, tokens = graphs(spans)
-        else:
-            logits = self._eager(make_batch(spans, self.model.device, wanted))
-        for planned in plan:
-            self.scheduler.computed(planned)
         sequences = [plan[row].sequence for row in wanted]
-        choices = choose(logits, sequences, tokens) if sequences else []
-        return [self._advance(s, c) for s, c in zip(sequences, choices, strict=True)]
+        graphs = self._graphs
+        if graphs is not None and len(wanted) == len(spans) and graphs.fits(spans):
+            return _Flight(plan, sequences, graphs.start(spans))
+        logits = self._eager(make_batch(spans, self.model.device, wanted))
+        return _Flight(plan, sequences, Started(logits, greedy(logits)))
+
+    def _start_next(self, flight: "_Flight") -> "_Flight | None":
+        """Starts the decode step after `flight` on its tokens while they are still on the device, so that the
+        device need not wait for the host.
+
+        Only where nothing comes in between: every running sequence is in it, decodes greedily and has a token
+        left to make, and nobody waits. A sequence that then ends by a token or a stop string has run once
+        more for nothing: what that wrote lies in pages that whoever gets them writes later, in stream order.
+        """
+        graphs, sequences = self._graphs, flight.sequences
+        if graphs is None or not flight.started.follows or self.scheduler.waiting:
+            return None
+        if len(sequences) < len(self.scheduler.running) or not all(_goes_on(s) for s in sequences):
+            return None
+        spans = []
+        for sequence in sequences:
+            position = sequence.computed + 1  # the flight's own token is not counted yet
+            if position // PAGE == len(sequence.pages):
+                if not self.allocator.free:
+                    return None
+                sequence.pages += self.allocator.allocate(1)
+            spans.append(Span((0,), position, sequence.pages))
+        return _Flight(flight.plan, sequences, graphs.start(spans, after=flight.started))
+
+    def _finish(self, flight: "_Flight") -> list[Step]:
+        """Takes a step's tokens over; sequences that have ended since it was started are passed over."""
+        for planned in flight.plan:
+            if planned.sequence.state is State.RUNNING:
+                self.scheduler.computed(planned)
+        sequences = flight.sequences
+        choices = choose(flight.started.logits, sequences, flight.started.tokens()) if sequences else []
+        pairs = zip(sequences, choices, strict=True)
+        return [self._advance(s, c) for s, c in pairs if s.state is State.RUNNING]
 
     def _eager(self, batch: Batch) -> Tensor:
         return self.model(batch, self.cache)
@@ -250,14 +287,17 @@ class Engine(BaseEngine):
         return times[-steps:]
 
 
-def _cache_pages(
-    config: ModelConfig, options: Options, limit: int, device: torch.device, attention: DecodeAttention
-) -> int:
-    if options.cache_tokens is not None:
-        return max(1, -(-options.cache_tokens // PAGE))
-    page_bytes = PAGE * attention.row_width * attention.cache_dtype.itemsize * config.num_hidden_layers
-    room = CPU_CACHE_BYTES
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        room = int(GPU_CACHE_FRACTION * free)
-    return max(1, min(room // page_bytes, options.max_batch * -(-limit // PAGE)))
+@dataclass(frozen=True)
+class _Flight:
+    """A started step: what of which sequences it computes, and those whose next token it gives."""
+
+    plan: list[Planned]
+    sequences: list[Sequence]
+    started: Started
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether a sequence in flight wants another token unless this one ends it, whatever its logits."""
+    s = sequence.sampling
+    plain = s.temperature == 0 and s.logprobs is None
+    return plain and sequence.state is State.RUNNING and len(sequence.output) + 1 < s.max_tokens

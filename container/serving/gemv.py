@@ -15,7 +15,7 @@ from container.serving.rows import rms_scale
 
 TILE = 8192  # weights a program has in flight: 64 a thread
 ROUTER_ROWS = 4
-DOWN_ROWS, DOWN_COLUMNS = 4, 512
+DOWN_ROWS, DOWN_COLUMNS = 2, 512
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _router_rows(  # type: ignore[no-untyped-def]
         x = _normed(x_ptr, delta_ptr, norm_ptr, column, inside, scale, HAS_DELTA, HAS_NORM)
         rows = router_ptr + expert[:, None] * IN + column[None, :]
         router = tl.load(rows, mask=(expert < EXPERTS)[:, None] & inside[None, :], other=0.0)
-        score += tl.sum(router * x[None, :], axis=1)
+        score += tl.sum(router.to(tl.float32) * x[None, :], axis=1)
     tl.store(scores_ptr + expert, score, mask=expert < EXPERTS)
 
 
@@ -138,7 +138,7 @@ def linear(
 def linear_and_router(
     x: Tensor, weight: Tensor, delta: Tensor, norm: Tensor, eps: float, router: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gated `linear` of shared experts and, in the same launch, router [E, in] float32 @ the same input.
+    """The gated `linear` of shared experts and, in the same launch, router [E, in] @ the same input.
 
     -> [1, out], x + delta, router logits float32 [1, E], norm(x + delta)
     """

@@ -154,7 +154,9 @@ class Attention:
         absorbed = q[..., : self.config.kv_lora_rank].transpose(0, 1)
         torch.bmm(q_nope.transpose(0, 1), self.w_uk, out=absorbed)
         out = cache.attend(self.layer, q, batch.rows.block_table, batch.rows.lengths).to(q.dtype)
-        return torch.bmm(out.transpose(0, 1), self.w_uv).transpose(0, 1)
+        values = q.new_empty(q.shape[0], q.shape[1], self.config.v_head_dim)
+        torch.bmm(out.transpose(0, 1), self.w_uv, out=values.transpose(0, 1))
+        return values
 
     def _prefill(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor) -> Tensor:
         """Queries are the last n of the S tokens in `latents` [S, rank + rope]; causal. -> [n, heads, v]"""
@@ -208,6 +210,10 @@ class MixtureOfExperts:
         prefix = f"model.layers.{layer}.mlp."
         hidden, width = c.hidden_size, c.moe_intermediate_size
         self.router = load.one(prefix + "gate.weight", c.n_routed_experts, hidden, dtype=torch.float32)
+        # Products of 16-bit values are exact in float32, so a router that is stored in 16 bits needs no more.
+        short = self.router.to(load.dtype)
+        if self.router.is_cuda and torch.equal(short.float(), self.router):
+            self.router = short
         self.bias = None
         if c.scoring == "sigmoid":
             name = prefix + "gate.e_score_correction_bias"
@@ -225,10 +231,16 @@ class MixtureOfExperts:
         if on_triton(x):
             from container.serving.experts import routed_experts
 
-            weights, experts = self.choose(F.linear(x.float(), self.router))
+            weights, experts = self.choose(self.scores(x))
             return routed_experts(x, self.w_in, self.w_out, experts, weights, shared)
         routed = self._many(x, *self.route(x))
         return routed if shared is None else routed + shared
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The router's logits float32 [T, E]."""
+        if self.router.dtype == torch.float32:
+            return F.linear(x.float(), self.router)
+        return torch.mm(x, self.router.T, out_dtype=torch.float32)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """`route` as one Triton kernel, from the router's logits float32 [T, E]; indices int32."""
@@ -260,7 +272,7 @@ class MixtureOfExperts:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights float32 and indices int64 [T, k] of the chosen experts, in no particular order."""
         c = self.config
-        logits = F.linear(x.float(), self.router)
+        logits = self.scores(x)
         scores = logits.softmax(dim=-1) if c.scoring == "softmax" else logits.sigmoid()
         choice = scores if self.bias is None else scores + self.bias
         if c.grouped and c.topk_group < c.n_group:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from container.serving.fused import greedy
 from container.serving.sequence import Logprob, Sequence
 
 
@@ -18,14 +17,14 @@ class Choice:
     logprob: Logprob | None = None
 
 
-def choose(logits: Tensor, sequences: Many[Sequence], best: Tensor | None = None) -> list[Choice]:
+def choose(logits: Tensor, sequences: Many[Sequence], best: Tensor) -> list[Choice]:
     """One token for each row of logits float32 [R, vocabulary]; a row's outcome depends on no other row.
 
-    `best` is `greedy(logits)` where it is known already. A sampled token is argmax(p / e) with e exponential
-    from the sequence's own generator, which draws from p.
+    `best` is `greedy(logits)`, on whatever device. A sampled token is argmax(p / e) with e exponential from
+    the sequence's own generator, which draws from p.
     """
-    tokens = greedy(logits) if best is None else best
-    sampled = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0]
+    tokens = best.tolist()
+    sampled = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0 and tokens[row] >= 0]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
         probabilities = _probabilities(logits[rows], [sequences[row] for row in sampled])
@@ -33,9 +32,10 @@ def choose(logits: Tensor, sequences: Many[Sequence], best: Tensor | None = None
         for row, target in zip(sampled, noise, strict=True):
             target.exponential_(generator=sequences[row].generator)
         drawn = (probabilities / noise.clamp_min(1e-20)).argmax(dim=-1)
-        tokens = tokens.index_put((rows,), torch.where(tokens[rows] < 0, -1, drawn).int())
+        for row, token in zip(sampled, drawn.tolist(), strict=True):
+            tokens[row] = token
     choices = []
-    for row, (token, sequence) in enumerate(zip(tokens.tolist(), sequences, strict=True)):
+    for row, (token, sequence) in enumerate(zip(tokens, sequences, strict=True)):
         if token < 0:
             choices.append(Choice(None))
         elif sequence.sampling.logprobs is None:

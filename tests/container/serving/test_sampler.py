@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from container.serving.sampler import choose
+from container.serving import sampler
+from container.serving.fused import greedy
+from container.serving.sampler import Choice
 from container.serving.sequence import BadRequest, Sampling, Sequence
 from container.serving.tokenizer import Detokenizer, Tokenizer
 
@@ -15,6 +17,10 @@ def sequence(seed: int = 0, **settings: object) -> Sequence:
     sampling = Sampling(**settings)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     return Sequence(0, [1], sampling, Detokenizer(Tokenizer(None)), generator)
+
+
+def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+    return sampler.choose(logits, sequences, greedy(logits))
 
 
 def frequencies(**settings: object) -> torch.Tensor:
