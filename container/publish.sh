@@ -2,14 +2,16 @@
 # Build both images, describe what is in them, push them. Prints the image names that config/<env>.yaml wants.
 #
 # Reads: JOB_REPOSITORY and SERVE_REPOSITORY (ECR repository URIs), JOB_BASE and SERVE_BASE (base images),
-#        SBOM_URI (s3://bucket/prefix), AWS_REGION, IMAGE_TAG (optional).
+#        SBOM_URI (s3://bucket/prefix), AWS_REGION, IMAGE_TAG (optional), SERVE_ENGINE (optional: vllm).
 set -euo pipefail
+
+engine="${SERVE_ENGINE:-native}"
 
 # Tags are immutable, so a tag stands for its content: the same sources always get the same one.
 sources() {
     find pyproject.toml constraints.txt container kernels steps -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z \
         | xargs -0 sha256sum
-    echo "$JOB_BASE $SERVE_BASE"
+    echo "$JOB_BASE $SERVE_BASE $engine"
 }
 tag="${IMAGE_TAG:-$(sources | sha256sum | cut -c1-16)}"
 
@@ -24,7 +26,7 @@ publish() {
         return
     fi
     docker build --file container/Dockerfile --target "$target" --tag "$image" \
-        --build-arg "JOB_BASE=$JOB_BASE" --build-arg "SERVE_BASE=$SERVE_BASE" \
+        --build-arg "JOB_BASE=$JOB_BASE" --build-arg "SERVE_BASE=$SERVE_BASE" --build-arg "ENGINE=$engine" \
         --build-arg "REVISION=${CODEBUILD_RESOLVED_SOURCE_VERSION:-$tag}" .
     mkdir -p "sbom/$target"
     docker run --rm "$image" python3 -m pip list --format=freeze > "sbom/$target/python.txt"

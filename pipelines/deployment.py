@@ -18,6 +18,8 @@ from pipelines.strict import Strict
 if TYPE_CHECKING:
     from pipelines.settings import Settings
 
+# of Endpoint, for the server: the registered container's environment holds them
+SERVER_SETTINGS = {"kernel_delivery", "engine", "tensor_parallel", "pipeline_parallel"}
 ARGUMENT_LIMIT = 256  # characters of one ContainerArguments entry
 # An alarm's name may have 255, but with its key it has to fit one argument.
 AlarmName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -144,7 +146,7 @@ def parts(settings: Settings) -> list[str]:
     deployment = settings.deployment.model_dump(exclude_none=True, exclude={"capture", "scaling"})
     sections: list[dict[str, Any]] = [
         deployment,
-        settings.endpoint.model_dump(exclude_none=True, exclude={"kernel_delivery"}),
+        settings.endpoint.model_dump(exclude_none=True, exclude=SERVER_SETTINGS),
     ]
     if scaling := settings.deployment.scaling:
         sections.append({"scaling": scaling.model_dump()})

@@ -267,8 +267,15 @@ def _container(
             "MLA_KV_CACHE_DTYPE": build.p.KvCacheDtype,
         },
     }
+    endpoint = build.settings.endpoint
+    if endpoint.engine != "native":
+        container["Environment"] |= {
+            "MLA_ENGINE": endpoint.engine,
+            "MLA_TENSOR_PARALLEL": str(endpoint.tensor_parallel),
+            "MLA_PIPELINE_PARALLEL": str(endpoint.pipeline_parallel),
+        }
     folder = _folder(output_uri(kernel, "kernel"))
-    if build.settings.endpoint.kernel_delivery == "data_source":
+    if endpoint.kernel_delivery == "data_source":
         container["AdditionalModelDataSources"] = [{"ChannelName": "kernel", "S3DataSource": folder}]
     else:
         container["Environment"] |= {
