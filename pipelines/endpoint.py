@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipelines import service
@@ -15,6 +15,8 @@ from pipelines.prices import Prices, per_million_tokens
 from pipelines.settings import Settings
 
 DEPLOYMENTS = 5
+# The metric filter of config/infrastructure/watching.yaml, on the production endpoint's log.
+THROUGHPUT_NAMESPACE, THROUGHPUT = "MlaPipeline/{}", "TokensPerSecond"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Deployment:
 
 
 @dataclass(frozen=True)
+class Throughput:
+    """Tokens a second of one busy instance, and where they were measured."""
+
+    tokens_a_second: float
+    where: str
+
+
+@dataclass(frozen=True)
 class Status:
     """An endpoint at one moment. alarms: name to OK, ALARM, INSUFFICIENT_DATA or missing."""
 
@@ -61,7 +71,7 @@ class Status:
     alarms: tuple[tuple[str, str], ...]
     deployments: tuple[Deployment, ...]
     instance_dollars: float | None  # of one instance, an hour
-    tokens_a_second: float | None
+    throughput: Throughput | None
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -91,13 +101,12 @@ class Status:
         if self.instance_dollars is None:
             return f"{kind}, unpriced"
         text = f"{kind}, {self.instance_dollars * instances:.2f} USD an hour"
-        if not self.tokens_a_second:
+        if not self.throughput:
             return text
-        million = per_million_tokens(self.instance_dollars, self.tokens_a_second)
-        return (
-            f"{text}, {million:.2f} USD per million tokens at the evaluation's "
-            f"{self.tokens_a_second:.0f} tokens a second an instance"
-        )
+        pace = self.throughput.tokens_a_second
+        million = per_million_tokens(self.instance_dollars, pace)
+        measured = f"{pace:.0f} tokens a second an instance, {self.throughput.where}"
+        return f"{text}, {million:.2f} USD per million tokens at {measured}"
 
 
 def status(aws: Aws, settings: Settings, name: str) -> Status:
@@ -117,7 +126,7 @@ def status(aws: Aws, settings: Settings, name: str) -> Status:
         alarms=tuple(_alarms(aws, settings.deployment.alarms)) if production else (),
         deployments=tuple(_deployments(aws, pipeline)),
         instance_dollars=Prices.load(settings.region).of(served.instance_type, 1),
-        tokens_a_second=_throughput(aws, served.package) if served.package else None,
+        throughput=_served_throughput(aws, name) or _evaluated_throughput(aws, served.package),
     )
 
 
@@ -203,10 +212,27 @@ def deployed_package(aws: Aws, execution: str) -> str:
     )
 
 
-def _throughput(aws: Aws, package: str) -> float | None:
-    """Tokens a second that Evaluate measured for this version, None when its evaluation is gone."""
+def _served_throughput(aws: Aws, name: str) -> Throughput | None:
+    """Of the last day's busy minutes, as the servers logged them; None when they log to no metric."""
+    now = datetime.now(UTC)
+    found = aws.cloudwatch.get_metric_statistics(
+        Namespace=THROUGHPUT_NAMESPACE.format(name),
+        MetricName=THROUGHPUT,
+        StartTime=now - timedelta(days=1),
+        EndTime=now,
+        Period=86_400,
+        Statistics=["Average"],
+    )["Datapoints"]
+    newest = max(found, key=lambda one: one["Timestamp"], default=None)
+    return Throughput(newest["Average"], "served while busy in the last day") if newest else None
+
+
+def _evaluated_throughput(aws: Aws, package: str) -> Throughput | None:
+    """Of this version's evaluation, None when there is none."""
     from botocore.exceptions import ClientError
 
+    if not package:
+        return None
     answer = aws.sagemaker.describe_model_package(ModelPackageName=package)
     uri = answer.get("ModelMetrics", {}).get("ModelQuality", {}).get("Statistics", {}).get("S3Uri", "")
     bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -218,4 +244,4 @@ def _throughput(aws: Aws, package: str) -> float | None:
         if is_missing(error):
             return None
         raise
-    return float(evaluation["model"]["tokens_per_s"])
+    return Throughput(float(evaluation["model"]["tokens_per_s"]), "measured by the evaluation")

@@ -18,6 +18,7 @@ from tests.config.template import ACCOUNT, Stack
 
 # The service has no resource level for these (a network interface's description spans the account).
 NO_RESOURCE_LEVEL = {
+    "cloudwatch:GetMetricStatistics",
     "cloudwatch:PutMetricData",
     "ec2:DescribeDhcpOptions",
     "ec2:DescribeNetworkInterfaces",

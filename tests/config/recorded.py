@@ -132,11 +132,16 @@ def _log_stream(parameters: Parameters) -> str:
     return f"arn:aws:logs:{{region}}:{{account}}:log-group:{group}:log-stream:{stream}"
 
 
+def _alarm(parameters: Parameters) -> str:
+    names = parameters.get("AlarmNames")
+    return f"arn:aws:cloudwatch:{{region}}:{{account}}:alarm:{names[0]}" if names else "*"
+
+
 _OTHERS: dict[str, Callable[[Parameters], str]] = {
     "application-autoscaling": lambda _: (
         "arn:aws:application-autoscaling:{region}:{account}:scalable-target/1"
     ),
-    "cloudwatch": lambda one: f"arn:aws:cloudwatch:{{region}}:{{account}}:alarm:{one['AlarmNames'][0]}",
+    "cloudwatch": _alarm,
     "events": _rule,
     "iam": lambda one: f"arn:aws:iam::{{account}}:role/{one['RoleName']}",
     "logs": _log_stream,

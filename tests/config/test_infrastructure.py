@@ -237,6 +237,7 @@ def test_alarms_of_the_production_configuration_exist() -> None:
 def test_the_metric_of_tokens_is_one_that_the_server_logs() -> None:
     """Alarm, dashboard and `status` read it; a filter of a field that no line has is silent for ever."""
     from container.serving.metrics import Metrics
+    from pipelines import endpoint
 
     (found,) = Stack(load(WATCHING)).of_type("AWS::Logs::MetricFilter").values()
     (made,) = found["MetricTransformations"]
@@ -250,7 +251,8 @@ def test_the_metric_of_tokens_is_one_that_the_server_logs() -> None:
     assert field not in json.loads(metrics.embedded("m"))
     read = json.dumps(load(WATCHING)["Resources"]["Dashboard"])
     assert made["MetricName"] in read
-    assert made["MetricNamespace"] == "MlaPipeline/mla-production"
+    assert made["MetricName"] == endpoint.THROUGHPUT
+    assert made["MetricNamespace"] == endpoint.THROUGHPUT_NAMESPACE.format("mla-production")
 
 
 def test_dashboard_is_json() -> None:

@@ -131,7 +131,17 @@ def test_status_shows_what_production_serves_and_how_it_got_there(world: World) 
     assert "version     2 (Approved)" in text
     assert "model       demo 2" in text
     # 0.214 USD an hour over 360,000 tokens
-    assert "1 x ml.c7i.xlarge, 0.21 USD an hour, 0.59 USD per million tokens" in text
+    cost = "1 x ml.c7i.xlarge, 0.21 USD an hour, 0.59 USD per million tokens at 100 tokens a second"
+    assert f"{cost} an instance, measured by the evaluation" in text
+
+
+def test_status_counts_with_what_production_served_once_it_has(world: World) -> None:
+    world.aws.client("cloudwatch").put_metric_data(
+        Namespace=f"MlaPipeline/{NAME}",
+        MetricData=[{"MetricName": "TokensPerSecond", "Value": value} for value in (150.0, 250.0)],
+    )
+    text = "\n".join(endpoint.status(world.clients, world.settings, NAME).lines())
+    assert "0.30 USD per million tokens at 200 tokens a second an instance, served while busy" in text
 
 
 def test_status_of_nothing_names_the_endpoint(world: World) -> None:
