@@ -103,5 +103,5 @@ def test_a_case_is_measured_beside_the_peers(tmp_path: Path) -> None:
     assert [len(row["case"]["lengths"]) for row in rows] == [1, 16]
     for name in PEERS:
         if name in rows[0]["cold"]:
-            assert rows[0]["cold"][name]["p50_us"] > rows[0]["cold"][NOTHING]["p50_us"]
+            assert 0 < rows[0]["cold"][name]["p20_us"] <= rows[0]["cold"][name]["p80_us"]
     assert "| b16 s1024 | 2 | 16 |" in page.read_text()
