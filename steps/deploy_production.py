@@ -150,12 +150,12 @@ def move_endpoint(
         if endpoint and endpoint.moving:
             log.info("%s is %s already: waiting for that to end first", name, endpoint.status)
             ours, endpoint = endpoint.pending == config, wait_until_settled(sagemaker, name, timeout)
-            if ours and endpoint and endpoint.config != config:
+            if ours and endpoint and not endpoint.serves(config):
                 # A duplicate event, or this job before it was killed, asked for this: once is enough.
                 return "updated", endpoint.config
         if endpoint:
             endpoint.require_updatable()
-            if endpoint.config == config:
+            if endpoint.serves(config):
                 log.info("%s serves %s already: nothing to update", name, config)
                 return "unchanged", config
         # Waiting took time, and a person may have taken the approval back.
@@ -194,7 +194,7 @@ def lost_race(error: ClientError) -> bool:
 def verify_live(sagemaker: Any, name: str, config: str) -> Endpoint:
     """The endpoint, proven to be in service with `config`. Raises StepError, also for a silent rollback."""
     live = Endpoint.find(sagemaker, name)
-    if live and live.status == "InService" and live.config == config:
+    if live and live.serves(config):
         return live
     if not live:
         raise StepError(f"Endpoint '{name}' is gone.", "Somebody deleted it: start the pipeline again.")
@@ -203,6 +203,13 @@ def verify_live(sagemaker: Any, name: str, config: str) -> Endpoint:
         raise StepError(
             f"Endpoint '{name}' was rolled back: it serves {live.config}, not {config}: {reason}.",
             f"Read the rollback alarms and the log group /aws/sagemaker/Endpoints/{name}.",
+        )
+    if live.status == "UpdateRollbackFailed":
+        raise StepError(
+            f"Endpoint '{name}' serves with instances of two versions: the update to {config} failed, and so "
+            f"did the way back: {reason}.",
+            "Start the pipeline with the version that is to serve: "
+            "mla-pipeline start production -p ModelPackageArn=ARN.",
         )
     raise StepError(
         f"Endpoint '{name}' is {live.status} after its deployment: {reason}.",

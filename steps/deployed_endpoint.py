@@ -12,6 +12,8 @@ from steps import aws
 from steps.job import StepError, log
 
 MOVING = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
+# The second serves, with instances of both configurations: a rolling update failed, and so did its way back.
+UPDATABLE = {"InService", "UpdateRollbackFailed"}
 FIRST_POLL_SECONDS, SLOWEST_POLL_SECONDS = 0.5, 15.0
 
 
@@ -54,9 +56,13 @@ class Endpoint:
         """Whether the service is changing it, so that it takes no update."""
         return self.status in MOVING
 
+    def serves(self, config: str) -> bool:
+        """Whether all of it is in service with `config`."""
+        return self.status == "InService" and self.config == config
+
     def require_updatable(self) -> None:
         """Raise StepError when the service would refuse an update in this state for good."""
-        if self.status != "InService":
+        if self.status not in UPDATABLE:
             raise StepError(
                 f"Endpoint '{self.name}' is {self.status} and takes no update: "
                 f"{self.failure or 'no reason given'}.",

@@ -268,6 +268,30 @@ def test_a_failed_creation_gives_the_services_reason(service, tmp_path):
         deploy(tmp_path)
 
 
+def test_two_versions_at_once_after_a_failed_way_back_say_so(service, tmp_path):
+    service.package()
+    service.model_and_config()
+    service.endpoint("InService", "old-config")
+    service.package()
+    service.update_endpoint()
+    service.endpoint("UpdateRollbackFailed", "old-config", reason="no capacity")
+    service.endpoint("UpdateRollbackFailed", "old-config", reason="no capacity")
+    with pytest.raises(StepError, match=r"instances of two versions.*no capacity.*start production"):
+        deploy(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["old-config", None])
+def test_an_endpoint_with_two_versions_is_brought_to_one(service, tmp_path, config):
+    service.package()
+    service.model_and_config(exist=True)
+    service.endpoint("UpdateRollbackFailed", config or wanted_config())
+    service.package()
+    service.update_endpoint()
+    service.endpoint("InService", wanted_config())
+    service.endpoint("InService", wanted_config())
+    assert deploy(tmp_path)["action"] == "updated"
+
+
 def test_a_failed_endpoint_takes_no_update(service, tmp_path):
     service.package()
     service.model_and_config()
