@@ -17,16 +17,16 @@ def bootstrap(env: Env, parameter: Values = None, dry_run: DryRun = False) -> No
     with errors():
         import yaml
 
-        from pipelines import bootstrap as stacks
+        from pipelines import bootstrap as account
 
         if env == "local":
             fix = "name the environment of an account: --env dev"
             raise UserError("the sandbox has what the stacks make", "--env local", fix)
         settings, aws = connect(env)
-        outputs = stacks.deploy(aws, settings, pairs(parameter), typer.echo, dry_run)
+        outputs = account.deploy(aws, settings, pairs(parameter), typer.echo, dry_run)
         if not dry_run:
             typer.echo(f"\n# put into config/{env}.yaml; the tags are printed last by the image build")
-            typer.echo(yaml.safe_dump(stacks.configuration(outputs), sort_keys=False).rstrip())
+            typer.echo(yaml.safe_dump(account.configuration(outputs), sort_keys=False).rstrip())
             if address := outputs.get("WebhookAddress"):
                 typer.echo(f"\n# MLflow's webhook: {address}, its secret: {outputs['WebhookSecretName']}")
 

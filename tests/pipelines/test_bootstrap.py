@@ -289,6 +289,6 @@ def test_a_stack_that_failed_says_what_to_do(
     aws: Aws, settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = {"StackName": "mla-dev", "StackStatus": "ROLLBACK_COMPLETE"}
-    monkeypatch.setattr(bootstrap, "_find", lambda aws, name: broken if name == "mla-dev" else {})
+    monkeypatch.setattr("pipelines.stacks.find", lambda aws, name: broken if name == "mla-dev" else {})
     with pytest.raises(UserError, match=r"ROLLBACK_COMPLETE: stack mla-dev; .*delete the stack"):
         deploy(aws, settings, folder)
