@@ -6,7 +6,10 @@ after the other, and leaves a line of JSON for each point; the table has a colum
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -175,12 +178,18 @@ def measure(name: str, plan: Plan, timeout: float) -> Result:
         words = ["--only", name, "--plan", json.dumps(asdict(plan)), "--json", str(out)]
         command = [sys.executable, "-m", "container.serving.bench_gpu", *words]
         failure = None
+        process = subprocess.Popen(command, start_new_session=True)
         try:
-            done = subprocess.run(command, timeout=timeout, check=False)
-            if done.returncode:
-                failure = f"failed with status {done.returncode}"
+            if status := process.wait(timeout):
+                failure = f"failed with status {status}"
         except subprocess.TimeoutExpired:
             failure = f"not done within {timeout:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # vLLM's own processes, too: they hold the GPU's memory
+            process.wait()
         rows = out.read_text().splitlines() if out.is_file() else []
         return Result([Timing(**json.loads(row)) for row in rows], failure)
 
@@ -228,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
     end = time.monotonic() + options.within
     results: dict[str, Result] = {}
     for name in options.engines:
-        results[name] = measure(name, plan, min(options.timeout, end - time.monotonic()))
+        results[name] = measure(name, plan, max(0.0, min(options.timeout, end - time.monotonic())))
         options.out.write_text(table(results))
     print(options.out.read_text())
     return 1 if any(r.failure for r in results.values()) else 0

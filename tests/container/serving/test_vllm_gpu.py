@@ -91,7 +91,7 @@ def kernel_dir() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path) -> Iterator[Server]:
+def server(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     environment = {
         "MLA_ML_ROOT": str(checkpoint.parent),
         "MLA_ENGINE": "vllm",
@@ -106,6 +106,7 @@ def server(checkpoint: Path) -> Iterator[Server]:
     client = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60)
     early, status = 0, 0
     try:
+        request.getfixturevalue("native")  # loads while the server does
         while status != 200:
             assert process.poll() is None, "the server ended; its log is above"
             try:
