@@ -11,7 +11,6 @@ constexpr int kWeightsReady = 1;   // named barriers; 0 is __syncthreads, 4 the 
 constexpr int kWeightsFree = 2;
 constexpr int kInverseReady = 3;
 constexpr int kStoredBarrier = 5;  // and 6: the threads of one value warpgroup
-constexpr int kRawRead = 7;        // the threads that unpack
 
 template <typename L>
 struct Barriers {
@@ -30,7 +29,7 @@ template <typename L>
 __device__ __forceinline__ void init_barriers(const Barriers<L>& barriers) {
   for (int stage = 0; stage < L::kStages; ++stage) {
     for (int piece = 0; piece < kPieces; ++piece) {
-      mbarrier_init(barriers.full(stage, piece), L::kFp8 ? L::kUnpackers : 1);  // threads that unpack, or the copy engine
+      mbarrier_init(barriers.full(stage, piece), L::kFp8 ? L::kUnpackers / 32 : 1);  // warps that unpack, or the copy engine
       mbarrier_init(barriers.empty(stage, piece), 4);  // warps of the last reader
     }
   }

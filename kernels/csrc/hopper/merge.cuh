@@ -110,8 +110,17 @@ struct PartValues {
   }
 };
 
+// The order of a partial result's elements as store_partial() leaves them: units of four accumulator chunks.
+struct ChunkOrder {
+  template <typename T>
+  static __device__ __forceinline__ void store(const RowPair<T>& rows, int unit, int lane, const float4 (&sum)[4]) {
+    rows.store(unit * 32, lane, sum[0], sum[1]);
+    rows.store(unit * 32 + 16, lane, sum[2], sum[3]);
+  }
+};
+
 // `scratch`: shared memory, 2 * parts * kWeightStride floats and 16 KB. Called by kMergeThreads threads.
-template <typename T>
+template <typename T, typename Order = ChunkOrder>
 __device__ __forceinline__ void merge(const Params& params, const RowTable& table, const Split& split, int thread,
                                       float* scratch) {
   const int lane = thread & 31;
@@ -184,9 +193,7 @@ __device__ __forceinline__ void merge(const Params& params, const RowTable& tabl
       }
     }
     if (active && member == 0) {
-      const RowPair<T> rows(params, table, split.item, row);
-      rows.store(unit % 16 * 32, lane, sum[0], sum[1]);
-      rows.store(unit % 16 * 32 + 16, lane, sum[2], sum[3]);
+      Order::store(RowPair<T>(params, table, split.item, row), unit % 16, lane, sum);
     }
   }
   MLA_TRACE(14);

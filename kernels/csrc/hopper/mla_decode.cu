@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "decode.cuh"
+#include "narrow.cuh"
 
 namespace {
 
@@ -241,8 +242,10 @@ Variant variant() {
 
 Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
   if (fp8) {
-    if (row_groups == 1) return variant<__nv_bfloat16, Layout<true, 16>>();
-    return row_groups == 2 ? variant<__nv_bfloat16, Layout<true, 32>>() : variant<__nv_bfloat16, Layout<true, 64>>();
+    if (row_groups == 1) {
+      return {mla_decode_narrow_kernel<__nv_bfloat16>, NarrowLayout::kThreads, NarrowLayout::kRequest};
+    }
+    return variant<__nv_bfloat16, Layout<true, 64>>();
   }
   return q_dtype == MLA_DTYPE_BFLOAT16 ? variant<__nv_bfloat16, Layout<false, 64>>() : variant<__half, Layout<false, 64>>();
 }

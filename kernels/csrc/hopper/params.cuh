@@ -46,8 +46,8 @@ struct Layout {
   static constexpr bool kHoldWeights = !kFp8;
   static constexpr int kUnpackers = kFp8 ? 128 : 0;                // threads that turn raw tokens into a stage
   static constexpr int kThreads = 384 + (kFp8 ? kUnpackers : 128);  // warpgroups: scores, two of values, producers
-  static constexpr int kStages = kFp8 && kRows > 32 ? 1 : 2;
-  static constexpr int kRawSlots = !kFp8 ? 0 : (kRows == 16 ? 5 : (kRows == 32 ? 3 : 6));
+  static constexpr int kStages = kFp8 ? 1 : 2;
+  static constexpr int kRawSlots = kFp8 ? 7 : 0;
   static constexpr int kQuerySlabBytes = kRows * kColumns * 2;  // wgmma reads 64 rows: past kRows, whatever follows
   static constexpr int kQuery = 0;
   static constexpr int kCache = kQuery + kSlabs * kQuerySlabBytes;

@@ -25,7 +25,24 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits until the phase with this parity has completed.
+// Waits until the phase with this parity has completed. A build with MLA_HOPPER_SPIN_LIMIT traps after so many tries, so
+// that a broken protocol ends instead of hanging.
+#ifdef MLA_HOPPER_SPIN_LIMIT
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  for (int tries = 0; tries < MLA_HOPPER_SPIN_LIMIT; ++tries) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    if (done) return;
+  }
+  asm volatile("trap;\n");
+}
+#else
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -37,6 +54,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "r"(parity)
       : "memory");
 }
+#endif
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");

@@ -1,50 +1,44 @@
-// The producer side for the fp8_ds_mla cache: raw tokens by bulk copies into a ring, then e4m3 and scales to bfloat16 in
-// the very layout that the copy engine gives a 16-bit cache, so that the consumers are the same. One warpgroup.
+// The producer side for the fp8_ds_mla cache and more than 16 query rows: raw tokens by bulk copies into a ring, then
+// e4m3 and scales to bfloat16 in the very layout that the copy engine gives a 16-bit cache, so that the consumers are the
+// same. One warpgroup; its warps share nothing but the stage they fill.
 #ifndef MLA_HOPPER_UNPACK_CUH_
 #define MLA_HOPPER_UNPACK_CUH_
 
 #include <cuda_bf16.h>
 
 #include "barriers.cuh"
+#include "codes.cuh"
 #include "schedule.cuh"
 
 namespace mla_hopper {
 
-// Issues the copies of a group's whole stream of raw tokens, kRawTokens at a time; one warp.
-class RawFeeder {
+// The pages of a group's tiles, one after another. Uniform over the warp but for `pages_`.
+class PageWalk {
  public:
-  __device__ __forceinline__ RawFeeder(const Params& params, const Schedule& schedule, int lane)
-      : params_(params), schedule_(schedule), policy_(schedule.cache_policy()), lane_(lane) {
+  __device__ __forceinline__ PageWalk(const Params& params, const Schedule& schedule, int lane)
+      : params_(params), schedule_(schedule), lane_(lane) {
     open_item();
   }
-
-  template <typename L>
-  __device__ __forceinline__ void issue(const Barriers<L>& barriers, uint32_t base) {
+  __device__ __forceinline__ bool valid() const { return valid_; }
+  __device__ __forceinline__ int page() const { return __shfl_sync(kAllLanes, pages_, (tile_ - work_.first) & 31); }
+  __device__ __forceinline__ uint32_t seen() const { return seen_; }  // tiles up to the present one
+  __device__ __forceinline__ void advance() {
     if (!valid_) return;
-    const int page = __shfl_sync(kAllLanes, pages_, (tile_ - work_.first) & 31);
-    if (lane_ == 0) {
-      const uint32_t full = barriers.raw_full(slot_);
-      mbarrier_expect(full, kRawBytes);
-      bulk_copy(base + L::kRaw + slot_ * kRawBytes, params_.raw_cache + page * params_.raw_stride + quarter_ * kRawBytes,
-                kRawBytes, full, policy_);
+    if (++tile_ == work_.last) {
+      open_item();
+      return;
     }
-    __syncwarp();
-    slot_ = slot_ + 1 == L::kRawSlots ? 0 : slot_ + 1;
-    if (++quarter_ == kTileTokens / kRawTokens) {
-      quarter_ = 0;
-      if (++tile_ == work_.last) {
-        open_item();
-      } else if (((tile_ - work_.first) & 31) == 0) {
-        load_pages();
-      }
-    }
+    ++seen_;
+    if (((tile_ - work_.first) & 31) == 0) load_pages();
   }
 
  private:
   __device__ __forceinline__ void open_item() {
     valid_ = schedule_.next(work_);
     tile_ = work_.first;
-    if (valid_) load_pages();
+    if (!valid_) return;
+    ++seen_;
+    load_pages();
   }
   __device__ __forceinline__ void load_pages() {
     const int32_t* pages = params_.block_table + work_.item * params_.block_table_stride;
@@ -53,114 +47,133 @@ class RawFeeder {
 
   const Params& params_;
   Schedule schedule_;
-  uint64_t policy_;
   Work work_ = {};
-  int lane_, tile_ = 0, quarter_ = 0, slot_ = 0, pages_ = 0;
+  int lane_, tile_ = 0, pages_ = 0;
+  uint32_t seen_ = 0;
   bool valid_ = false;
 };
 
-// Two e4m3 codes, in bits 8..15 and 24..31, as bfloat16 times 2^-120: the exponent field moves unchanged, so that
-// subnormals are right too. A NaN code (0x7F) reads as 480.
-__device__ __forceinline__ __nv_bfloat162 shifted_pair(uint32_t codes) {
-  const uint32_t bits = (codes & 0x80008000u) | ((codes >> 4) & 0x07F007F0u);
-  return reinterpret_cast<const __nv_bfloat162&>(bits);
-}
-
-// Codes times a scale, which is held as the sum of two bfloat16 (16 bits of it) so that only the result is rounded: the
-// product with a 4-bit mantissa is exact in the fused multiply-add. A scale of 256 or more becomes infinite.
+// A scale as the sum of two bfloat16, 16 bits of it, so that only the product with a code is rounded: with a 4-bit mantissa
+// it is exact in the fused multiply-add. A scale of 256 or more becomes infinite.
 struct Scale {
   __nv_bfloat162 high, low;
   __device__ __forceinline__ explicit Scale(float scale) {
     const float scaled = scale * 0x1p120f;
-    high = __float2bfloat162_rn(scaled);
-    low = __float2bfloat162_rn(scaled - __bfloat162float(high.x));
+    high = top_halves(scaled);
+    low = top_halves(scaled - __bfloat162float(high.x));
   }
   __device__ __forceinline__ uint32_t operator()(uint32_t codes) const {
-    const __nv_bfloat162 value = shifted_pair(codes);
+    const __nv_bfloat162 value = reinterpret_cast<const __nv_bfloat162&>(codes);
     const __nv_bfloat162 product = __hfma2(value, high, __hmul2(value, low));
     return reinterpret_cast<const uint32_t&>(product);
   }
+
+ private:
+  static __device__ __forceinline__ __nv_bfloat162 top_halves(float x) {  // truncated
+    const uint32_t pair = __byte_perm(__float_as_uint(x), 0, 0x3232);
+    return reinterpret_cast<const __nv_bfloat162&>(pair);
+  }
 };
 
-// Vector `vector` of 8 bfloat16 of a token's 576, at its place in a stage.
-__device__ __forceinline__ void store_vector(char* stage, int token, int vector, const uint4& value) {
-  *reinterpret_cast<uint4*>(stage + vector / 8 * kSlabBytes + token * 128 + (((vector & 7) ^ (token & 7)) << 4)) = value;
+// Raw slot q % kRawSlots holds the q-th 16 tokens of the group's stream; the warp that has read them refills it.
+template <typename L>
+__device__ __forceinline__ void fill_slot(const Params& params, const Barriers<L>& barriers, uint32_t base, int page,
+                                          int quarter, uint32_t slot, uint64_t policy, int lane) {
+  if (lane == 0) {
+    mbarrier_expect(barriers.raw_full(slot), kRawBytes);
+    bulk_copy(base + L::kRaw + slot * kRawBytes, params.raw_cache + page * params.raw_stride + quarter * kRawBytes,
+              kRawBytes, barriers.raw_full(slot), policy);
+  }
+}
+
+// One piece of a stage for this warp's 16 tokens: the rope as it is.
+__device__ __forceinline__ void copy_rope(char* stage, const uint8_t* raw, int warp, int lane) {
+  uint4 value[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    value[i] = *reinterpret_cast<const uint4*>(raw + (4 * i + lane / 8) * kTokenBytesFp8 + kLatent + 16 + (lane & 7) * 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int token = 16 * warp + 4 * i + lane / 8;
+    *reinterpret_cast<uint4*>(stage + 8 * kSlabBytes + token * 128 + (((lane & 7) ^ (token & 7)) << 4)) = value[i];
+  }
+}
+
+// Two slabs, which are one scale block: half a warp takes a token, a lane 8 of its codes.
+__device__ __forceinline__ void unpack_block(char* stage, const uint8_t* raw, int block, int warp, int lane) {
+  const int half = lane / 16;
+  const int unit = lane & 7;
+  const uint8_t* codes = raw + half * kTokenBytesFp8 + block * 128 + (lane & 15) * 8;
+  const uint8_t* scales = raw + half * kTokenBytesFp8 + kLatent + block * 4;
+  uint2 word[8];
+  float scale[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    word[i] = *reinterpret_cast<const uint2*>(codes + 2 * i * kTokenBytesFp8);
+    scale[i] = *reinterpret_cast<const float*>(scales + 2 * i * kTokenBytesFp8);
+  }
+  const uint32_t place = shared_address(stage) + (2 * block + (lane & 15) / 8) * kSlabBytes + (16 * warp + half) * 128 +
+                         ((unit ^ half) << 4);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const Scale times(scale[i]);
+    uint32_t value[4];
+    value[0] = times(shifted_codes(byte_pair<0, 1>(word[i].x, word[i].x)));
+    value[1] = times(shifted_codes(byte_pair<2, 3>(word[i].x, word[i].x)));
+    value[2] = times(shifted_codes(byte_pair<0, 1>(word[i].y, word[i].y)));
+    value[3] = times(shifted_codes(byte_pair<2, 3>(word[i].y, word[i].y)));
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"((place ^ ((2 * i & 6) << 4)) + 256 * i), "r"(value[0]),
+                 "r"(value[1]), "r"(value[2]), "r"(value[3])
+                 : "memory");
+  }
 }
 
 template <typename L>
 __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& schedule, const Barriers<L>& barriers,
                                              char* smem, uint32_t base, int thread) {
-  constexpr int kQuarters = kTileTokens / kRawTokens;
-  constexpr int kTokens = kRawTokens / (L::kUnpackers / 32);  // of a warp
+  static_assert(L::kUnpackers == 128 && L::kRawSlots == 7, "who fills which slot is worked out for these");
   const int lane = thread & 31;
   const int warp = thread / 32;
-  RawFeeder feeder(params, schedule, lane);
-  if (warp == 0) {
+  const uint64_t policy = schedule.cache_policy();
+  PageWalk walk(params, schedule, lane);
+  // Quarter `warp` of tile 0, and of tile 1 but for the last; slot 0 gets that one, as soon as it is free.
 #pragma unroll 1
-    for (int slot = 0; slot < L::kRawSlots; ++slot) feeder.issue(barriers, base);
+  for (int i = 0; i < 2; ++i) {
+    const int page = walk.page();
+    if (walk.valid() && (i == 0 || warp < 3)) {
+      fill_slot(params, barriers, base, page, warp, warp + 4 * i, policy, lane);
+    }
+    if (i == 0 || warp > 0) walk.advance();
   }
-  Work work;
-  uint32_t tile = 0;
-  uint32_t slot = 0, parity = 0;
-  while (schedule.next(work)) {
+  uint32_t slot = warp, parity = 0;
+  // The walk is ahead, so it has seen the end when the last tile is done.
 #pragma unroll 1
-    for (int t = work.first; t < work.last; ++t, ++tile) {
-      const uint32_t stage = tile % L::kStages;
-      char* destination = smem + L::kCache + stage * kTileBytes;
+  for (uint32_t tile = 0; tile < walk.seen(); ++tile) {
+    const uint32_t stage = tile % L::kStages;
+    const uint32_t free = (tile / L::kStages & 1) ^ 1;
+    char* destination = smem + L::kCache + stage * kTileBytes;
+    const uint8_t* raw = reinterpret_cast<const uint8_t*>(smem) + L::kRaw + slot * kRawBytes;
+    mbarrier_wait(barriers.raw_full(slot), parity);
 #pragma unroll 1
-      for (int quarter = 0; quarter < kQuarters; ++quarter) {
-        // A warp takes kTokens of the 16 tokens, a lane 16 codes of each; the first threads take 8 rope values besides.
-        const uint8_t* raw = reinterpret_cast<const uint8_t*>(smem) + L::kRaw + slot * kRawBytes;
-        mbarrier_wait(barriers.raw_full(slot), parity);
-        uint4 codes[kTokens];
-        float scales[kTokens];
-#pragma unroll
-        for (int i = 0; i < kTokens; ++i) {
-          const uint8_t* token = raw + (warp * kTokens + i) * kTokenBytesFp8;
-          codes[i] = *reinterpret_cast<const uint4*>(token + lane * 16);
-          scales[i] = *reinterpret_cast<const float*>(token + kLatent + lane / 8 * 4);
-        }
-        uint4 rope;
-        if (thread < kRawTokens * 8) {
-          rope = *reinterpret_cast<const uint4*>(raw + thread / 8 * kTokenBytesFp8 + kLatent + 16 + (thread & 7) * 16);
-        }
-        named_sync(kRawRead, L::kUnpackers);
-        if (warp == 0) feeder.issue(barriers, base);
-        if (++slot == L::kRawSlots) {
-          slot = 0;
-          parity ^= 1;
-        }
-        if (quarter == 0) {
-#pragma unroll
-          for (int piece = 0; piece < kPieces; ++piece) {
-            mbarrier_wait(barriers.empty(stage, piece), (tile / L::kStages & 1) ^ 1);
-          }
-        }
-        if (thread < kRawTokens * 8) {
-          store_vector(destination, quarter * kRawTokens + thread / 8, kLatent / 8 + (thread & 7), rope);
-        }
-#pragma unroll
-        for (int i = 0; i < kTokens; ++i) {
-          const Scale scale(scales[i]);
-          const uint32_t word[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
-          uint32_t value[8];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            value[2 * j] = scale(__byte_perm(word[j], 0, 0x1404));
-            value[2 * j + 1] = scale(__byte_perm(word[j], 0, 0x3424));
-          }
-          const uint4 first = make_uint4(value[0], value[1], value[2], value[3]);
-          const uint4 second = make_uint4(value[4], value[5], value[6], value[7]);
-          // Lanes of neighbouring slabs store their two vectors in opposite order, or they would meet in the banks.
-          const int token = quarter * kRawTokens + warp * kTokens + i;
-          const bool swap = lane & 4;
-          store_vector(destination, token, 2 * lane + swap, swap ? second : first);
-          store_vector(destination, token, 2 * lane + !swap, swap ? first : second);
-        }
+    for (int piece = 0; piece < kPieces; ++piece) {
+      mbarrier_wait(barriers.empty(stage, piece), free);
+      if (piece == kPieceRope) {
+        copy_rope(destination, raw, warp, lane);
+      } else {
+        unpack_block(destination, raw, first_slab(piece) / 2, warp, lane);
       }
       fence_async_proxy();
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) mbarrier_arrive(barriers.full(stage, piece));
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(barriers.full(stage, piece));
+    }
+    const int page = walk.page();
+    if (walk.valid()) fill_slot(params, barriers, base, page, (warp + 3) & 3, slot, policy, lane);
+    walk.advance();
+    slot += 4;
+    if (slot >= L::kRawSlots) {
+      slot -= L::kRawSlots;
+      parity ^= 1;
     }
   }
 }
