@@ -1,4 +1,4 @@
-// e4m3 codes to bfloat16 by bit moves, and the tensor instruction that takes them from registers.
+// e4m3 codes to bfloat16 by bit moves.
 #ifndef MLA_HOPPER_CODES_CUH_
 #define MLA_HOPPER_CODES_CUH_
 
@@ -19,16 +19,6 @@ __device__ __forceinline__ uint32_t byte_pair(uint32_t first, uint32_t second) {
       : "=r"(pair)
       : "r"(first), "r"(second), "n"(kLow | (8 | kLow) << 4 | kHigh << 8 | (8 | kHigh) << 12));
   return pair;
-}
-
-// D[16, 8] += A[16, 16] B[16, 8] of one warp, bfloat16 with float32 accumulation. Lane 4 g + c holds of A rows g and
-// g + 8, k 2 c, 2 c + 1 and these plus 8; of B column g, the same k; of D rows g and g + 8, columns 2 c and 2 c + 1.
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 }  // namespace mla_hopper

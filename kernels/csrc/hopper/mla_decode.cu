@@ -233,21 +233,26 @@ int tuned(const char* variable, int value) {
 struct Variant {
   void (*function)(const Params, const CUtensorMap, const CUtensorMap);
   int threads, shared_bytes;
+  int copied_tokens;  // of one bulk tensor copy from a 16-bit cache
 };
 
 template <typename T, typename L>
-Variant variant() {
-  return {mla_decode_kernel<T, L>, L::kThreads, L::kRequest};
+Variant wide() {
+  return {mla_decode_kernel<T, L>, L::kThreads, L::kRequest, kTileTokens};
+}
+
+template <typename Operands>
+Variant narrow() {
+  return {mla_decode_narrow_kernel<Operands>, Operands::L::kThreads, Operands::L::kRequest, Operands::kStepTokens};
 }
 
 Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
-  if (fp8) {
-    if (row_groups == 1) {
-      return {mla_decode_narrow_kernel<__nv_bfloat16>, NarrowLayout::kThreads, NarrowLayout::kRequest};
-    }
-    return variant<__nv_bfloat16, Layout<true, 64>>();
+  const bool few_rows = row_groups == 1;
+  if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout<true, 64>>();
+  if (q_dtype == MLA_DTYPE_BFLOAT16) {
+    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : wide<__nv_bfloat16, Layout<false, 64>>();
   }
-  return q_dtype == MLA_DTYPE_BFLOAT16 ? variant<__nv_bfloat16, Layout<false, 64>>() : variant<__half, Layout<false, 64>>();
+  return few_rows ? narrow<Narrow16bit<__half>>() : wide<__half, Layout<false, 64>>();
 }
 
 Params kernel_params(const mla_decode_params& p, int ctas) {
@@ -324,13 +329,13 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
                     p.q_stride_batch, kernel.row_groups * 16, fail);
   if (status != MLA_OK) return status;
   const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  const Variant variant = choose(p.q_dtype, fp8, kernel.row_groups);
   if (!fp8) {
     status = make_map(&cache_map, "kv_cache", p.kv_dtype, p.kv_cache, kTileTokens, p.kv_stride_token, p.num_blocks,
-                      p.kv_stride_block, kTileTokens, fail);
+                      p.kv_stride_block, variant.copied_tokens, fail);
     if (status != MLA_OK) return status;
   }
 
-  const Variant variant = choose(p.q_dtype, fp8, kernel.row_groups);
   cudaError_t result = cudaFuncSetAttribute(reinterpret_cast<const void*>(variant.function),
                                             cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
   cudaLaunchAttribute attribute = {};

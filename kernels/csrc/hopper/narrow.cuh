@@ -8,240 +8,18 @@
 #define MLA_HOPPER_NARROW_CUH_
 
 #include "barriers.cuh"
-#include "codes.cuh"
-#include "epilogue.cuh"
 #include "load.cuh"
 #include "merge.cuh"
+#include "narrow_16bit.cuh"
+#include "narrow_fp8.cuh"
+#include "narrow_layout.cuh"
 #include "schedule.cuh"
 #include "values.cuh"
 
 namespace mla_hopper {
 
-struct NarrowLayout {
-  static constexpr int kRows = 16;
-  static constexpr int kTeams = 2;
-  static constexpr int kThreads = kTeams * 128 + 128;  // and a warp for the cache, one for the queries, two idle
-  static constexpr int kStages = 0;                   // of Barriers: no unpacked tiles
-  static constexpr int kRawSlots = 4;
-  static constexpr int kTileBytesFp8 = kTileTokens * kTokenBytesFp8;
-  static constexpr int kQuerySlabBytes = kRows * kColumns * 2;
-  static constexpr int kExchangeBytes = 4 * 8 * 32 * 16;  // float4 [4 warps, 8 groups of 8 tokens, 32 lanes] of a team
-  static constexpr int kQuery = 0;
-  static constexpr int kExchange = kQuery + kSlabs * kQuerySlabBytes;
-  static constexpr int kRaw = kExchange + kTeams * kExchangeBytes;
-  static constexpr int kTotals = kRaw + kRawSlots * kTileBytesFp8;  // float2[teams, 16]: maximum and sum of a row
-  static constexpr int kOutRows = kTotals + kTeams * kRows * 8;     // as in Layout
-  static constexpr int kLseRows = kOutRows + 64 * 8;
-  static constexpr int kSplits = kLseRows + 64 * 4;
-  static constexpr int kBarriers = kSplits + 32;
-  static constexpr int kBytes = kBarriers + (2 + 2 * kRawSlots + kTeams) * 8;
-  static constexpr int kRequest = kBytes + 1024;
-  static_assert(kRequest <= 232448, "more shared memory than a CTA can have");
-};
-
-// Named barriers beside those of barriers.cuh.
-constexpr int kBothTeams = 1;
-constexpr int kTeamBarrier = 2;  // and 3
-
-struct NarrowBarriers : Barriers<NarrowLayout> {
-  __device__ __forceinline__ explicit NarrowBarriers(uint32_t base) : Barriers<NarrowLayout>{base} {}
-  __device__ __forceinline__ uint32_t raw_empty(uint32_t slot) const { return raw_full(NarrowLayout::kRawSlots + slot); }
-  __device__ __forceinline__ uint32_t exchange_empty(int team) const { return raw_empty(NarrowLayout::kRawSlots + team); }
-
-  __device__ __forceinline__ void init() const {
-    mbarrier_init(query_full(), 1);
-    mbarrier_init(query_empty(), 4 * NarrowLayout::kTeams);
-    for (int slot = 0; slot < NarrowLayout::kRawSlots; ++slot) {
-      mbarrier_init(raw_full(slot), 1);
-      mbarrier_init(raw_empty(slot), 4);
-    }
-    for (int team = 0; team < NarrowLayout::kTeams; ++team) mbarrier_init(exchange_empty(team), 4);
-    mbarrier_init_fence();
-  }
-};
-
-// All lanes of the warp are done with what the barrier guards.
-__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
-  __syncwarp();
-  if (lane == 0) mbarrier_arrive(barrier);
-}
-
-// Codes times 2^-120 times weights times kWeightScale, or query times kQueryScale: both stay in float32's normal range.
-constexpr float kWeightScale = 0x1p100f;
-constexpr float kQueryScale = 0x1p20f;
-
-// The query rows of one warp's latents and its quarter of the rope, as A fragments. Their k runs as load_keys() takes it:
-// fragment 4 l + s has latents 32 c + 16 l + 4 s to + 3 of the block, fragment 8 rope values 16 block + 4 c to + 3.
-struct QueryFragments {
-  uint32_t value[9][4];
-
-  __device__ __forceinline__ void load(const char* slabs, int block, int lane) {
-    const int g = lane / 4, c = lane & 3;
-    const __nv_bfloat162 factor = __float2bfloat162_rn(kQueryScale);
-#pragma unroll
-    for (int l = 0; l < 2; ++l) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          // A 16-byte vector: k 0 to 7 of 16, for steps 2 h and 2 h + 1.
-          const char* row = slabs + (2 * block + c / 2) * NarrowLayout::kQuerySlabBytes + (g + 8 * i) * 128;
-          const uint4 v = *reinterpret_cast<const uint4*>(row + (((4 * (c & 1) + 2 * l + h) ^ g) << 4));
-          const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const __nv_bfloat162 scaled = __hmul2(reinterpret_cast<const __nv_bfloat162&>(word[e]), factor);
-            value[4 * l + 2 * h + e / 2][i + 2 * (e & 1)] = reinterpret_cast<const uint32_t&>(scaled);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const char* row = slabs + 8 * NarrowLayout::kQuerySlabBytes + (g + 8 * i) * 128;
-      const uint2 v = *reinterpret_cast<const uint2*>(row + (((2 * block + c / 2) ^ g) << 4) + 8 * (c & 1));
-      value[8][i] = v.x;
-      value[8][i + 2] = v.y;
-    }
-  }
-};
-
-template <typename V>
-__device__ __forceinline__ V load_shared(uint32_t address);
-template <>
-__device__ __forceinline__ uint4 load_shared<uint4>(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-template <>
-__device__ __forceinline__ uint2 load_shared<uint2>(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "r"(address));
-  return v;
-}
-template <>
-__device__ __forceinline__ float load_shared<float>(uint32_t address) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(v) : "r"(address));
-  return v;
-}
-
-// This warp's share of the scores of a tile: its block's latents times the scales, and its quarter of the rope. s[j] has
-// tokens 8 j + 2 c and the next for rows g and g + 8; scale[j] has these tokens' scales times kWeightScale, 0 for tokens
-// from `used` on, whose memory may hold anything.
-__device__ __forceinline__ void share_of_scores(float (&s)[8][4], float (&scale)[8][2], const QueryFragments& query,
-                                                uint32_t raw, int block, int lane, int used) {
-  const int g = lane / 4, c = lane & 3;
-  const uint32_t token = raw + g * kTokenBytesFp8;  // and every eighth after it
-  const uint32_t codes = token + block * 128 + c * 32;
-  const uint32_t scales = raw + 2 * c * kTokenBytesFp8 + kLatent + 4 * block;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      scale[j][e] = load_shared<float>(scales + (8 * j + e) * kTokenBytesFp8) * kWeightScale;
-      s[j][e] = s[j][2 + e] = 0.f;
-    }
-  }
-#pragma unroll
-  for (int l = 0; l < 2; ++l) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint4 v = load_shared<uint4>(codes + 8 * j * kTokenBytesFp8 + 16 * l);
-      const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        mma(s[j], query.value[4 * l + k], shifted_codes(byte_pair<0, 1>(word[k], word[k])),
-            shifted_codes(byte_pair<2, 3>(word[k], word[k])));
-      }
-    }
-  }
-  if (used < kTileTokens) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (8 * j + 2 * c >= used) scale[j][0] = 0.f;
-      if (8 * j + 2 * c + 1 >= used) scale[j][1] = 0.f;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint2 v = load_shared<uint2>(token + 8 * j * kTokenBytesFp8 + kLatent + 16 + block * 32 + c * 8);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[j][e] *= scale[j][e & 1];
-    mma(s[j], query.value[8], v.x, v.y);
-  }
-}
-
-// o += weights x values of this warp's block. o[q][i] has latents 64 q + 16 c + i and that plus 8, rows g and g + 8.
-__device__ __forceinline__ void add_values(float (&o)[2][8][4], const uint32_t (&weight)[4][4], uint32_t raw, int block,
-                                           int lane) {
-  const uint32_t codes = raw + 2 * (lane & 3) * kTokenBytesFp8 + block * 128 + lane / 4 * 8;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      uint2 v[4];  // 8 latents of tokens 2 c, 2 c + 1, 2 c + 8, 2 c + 9
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        v[e] = load_shared<uint2>(codes + (16 * k + (e & 1) + 8 * (e / 2)) * kTokenBytesFp8 + 64 * q);
-      }
-#define MLA_ADD(I, WORD)                                                              \
-  mma(o[q][I], weight[k], shifted_codes(byte_pair<I % 4, 4 + I % 4>(v[0].WORD, v[1].WORD)), \
-      shifted_codes(byte_pair<I % 4, 4 + I % 4>(v[2].WORD, v[3].WORD)))
-      MLA_ADD(0, x);
-      MLA_ADD(1, x);
-      MLA_ADD(2, x);
-      MLA_ADD(3, x);
-      MLA_ADD(4, y);
-      MLA_ADD(5, y);
-      MLA_ADD(6, y);
-      MLA_ADD(7, y);
-#undef MLA_ADD
-    }
-  }
-}
-
-// The order of a partial result's elements, for merge(): see store_part().
-struct NarrowOrder {
-  template <typename T>
-  static __device__ __forceinline__ void store(const RowPair<T>& rows, int unit, int lane, const float4 (&sum)[4]) {
-    const int column = unit / 2 * 64 + 16 * (lane & 3) + 4 * (unit & 1);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (rows.row[i] == nullptr) continue;
-      const uint2 first = i ? make_uint2(pack(sum[0].z, sum[1].z, T()), pack(sum[2].z, sum[3].z, T()))
-                            : make_uint2(pack(sum[0].x, sum[1].x, T()), pack(sum[2].x, sum[3].x, T()));
-      const uint2 second = i ? make_uint2(pack(sum[0].w, sum[1].w, T()), pack(sum[2].w, sum[3].w, T()))
-                             : make_uint2(pack(sum[0].y, sum[1].y, T()), pack(sum[2].y, sum[3].y, T()));
-      *reinterpret_cast<uint2*>(rows.row[i] + column) = first;
-      *reinterpret_cast<uint2*>(rows.row[i] + column + 8) = second;
-    }
-  }
-};
-
-// 64 finished latents of a warp, o[i] times scale[0] or scale[1], to the caller's output.
-template <typename T>
-__device__ __forceinline__ void store_rows(const RowPair<T>& rows, int column, int lane, const float (&o)[8][4],
-                                           const float (&scale)[2]) {
-  column += 16 * (lane & 3);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (rows.row[i] == nullptr) continue;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      uint32_t word[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        word[k] = pack(o[2 * k][2 * i + e] * scale[i], o[2 * k + 1][2 * i + e] * scale[i], T());
-      }
-      *reinterpret_cast<uint4*>(rows.row[i] + column + 8 * e) = make_uint4(word[0], word[1], word[2], word[3]);
-    }
-  }
-}
-
-// The same, times scale, to the workspace: unit 2 n + h of 16 rows x 32 columns has o[4 h] to o[4 h + 3] of the n-th 64
-// latents.
+// A warp's 64 finished latents times scale, to the workspace: unit 2 n + h of 16 rows x 32 columns has o[4 h] to o[4 h + 3]
+// of the n-th 64 latents.
 __device__ __forceinline__ void store_part(float4* part, int lane, const float (&o)[8][4], const float (&scale)[2]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -249,10 +27,12 @@ __device__ __forceinline__ void store_part(float4* part, int lane, const float (
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void consume_tiles(const Params& params, Schedule& schedule, const NarrowBarriers& barriers,
-                                              char* smem, uint32_t base, int cta, int thread) {
-  using L = NarrowLayout;
+template <typename Operands>
+__device__ __forceinline__ void consume_steps(const Params& params, Schedule& schedule,
+                                              const NarrowBarriers<typename Operands::L>& barriers, char* smem, uint32_t base,
+                                              int cta, int thread) {
+  using L = typename Operands::L;
+  using T = typename Operands::T;
   const int lane = thread & 31;
   const int block = thread / 32 & 3;
   const int team = thread / 128;
@@ -272,7 +52,7 @@ __device__ __forceinline__ void consume_tiles(const Params& params, Schedule& sc
   uint32_t items = 0;
   uint32_t uses = 0;   // of this team's exchange buffer
   while (schedule.next(work)) {
-    QueryFragments query;
+    typename Operands::Query query;
     mbarrier_wait(barriers.query_full(), items & 1);
     query.load(smem + L::kQuery, block, lane);
     warp_arrive(barriers.query_empty(), lane);
@@ -286,12 +66,12 @@ __device__ __forceinline__ void consume_tiles(const Params& params, Schedule& sc
     for (int t = work.first + ((tile ^ team) & 1); t < work.last; t += 2) {
       const uint32_t index = tile + (t - work.first);
       const uint32_t slot = index % L::kRawSlots;
-      const uint32_t raw = base + L::kRaw + slot * L::kTileBytesFp8;
+      const uint32_t raw = base + L::kRing + slot * L::kStepBytes;
       const int used = work.length - t * kTileTokens;
-      mbarrier_wait(barriers.raw_full(slot), index / L::kRawSlots & 1);
+      mbarrier_wait(barriers.full(slot), index / L::kRawSlots & 1);
       float s[8][4];
-      float scale[8][2];
-      share_of_scores(s, scale, query, raw, block, lane, used);
+      Operands operands;
+      operands.scores(s, query, raw, block, lane, used);
 
       // The other warps' shares, added in an order that gives all four the same bits.
       float4* shares = exchange + team * (L::kExchangeBytes / 16) + lane;
@@ -347,7 +127,7 @@ __device__ __forceinline__ void consume_tiles(const Params& params, Schedule& sc
           const float x = exp2_approximate(s[j][2 * i] * params.scale_log2 - reference);
           const float y = exp2_approximate(s[j][2 * i + 1] * params.scale_log2 - reference);
           partial += x + y;
-          weight[j / 2][2 * (j & 1) + i] = pack(x * scale[j][0], y * scale[j][1], T());
+          weight[j / 2][2 * (j & 1) + i] = operands.weights(x, y, j);
         }
         sum[i] = sum[i] * alpha[i] + partial;
       }
@@ -355,8 +135,8 @@ __device__ __forceinline__ void consume_tiles(const Params& params, Schedule& sc
 #pragma unroll
         for (int i = 0; i < 64; ++i) o[i / 32][i / 4 % 8][i % 4] *= alpha[i / 2 % 2];
       }
-      add_values(o, weight, raw, block, lane);
-      warp_arrive(barriers.raw_empty(slot), lane);
+      operands.values(o, weight, raw, block, lane, used);
+      warp_arrive(barriers.empty(slot), lane);
     }
     tile += work.last - work.first;
     ++items;
@@ -407,7 +187,7 @@ __device__ __forceinline__ void consume_tiles(const Params& params, Schedule& sc
     }
     warp_arrive(barriers.exchange_empty(1 - team), lane);
 
-    constexpr float kUnit = 1.f / (0x1p-120f * kWeightScale);  // what o is too small by
+    constexpr float kUnit = Operands::kUnit;
     const bool states = team == 0 && block == 0 && c == 0;     // stores the rows' statistics
     if (work.parts == 1) {
       if (states) {
@@ -416,7 +196,7 @@ __device__ __forceinline__ void consume_tiles(const Params& params, Schedule& sc
       }
       const float inverse[2] = {sum[0] == 0.f ? 0.f : kUnit * __frcp_rn(sum[0]),
                                 sum[1] == 0.f ? 0.f : kUnit * __frcp_rn(sum[1])};
-      store_rows(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, mine, inverse);
+      Operands::store(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, mine, inverse);
     } else {
       const int slot = cta == work.head_group;
       if (states) {
@@ -434,10 +214,246 @@ __device__ __forceinline__ void consume_tiles(const Params& params, Schedule& sc
   }
 }
 
-// One warp: a page of raw tokens after another into the ring.
-__device__ __forceinline__ void load_raw_tiles(const Params& params, Schedule& schedule, const NarrowBarriers& barriers,
-                                               uint32_t raw, int lane) {
-  using L = NarrowLayout;
+// Steps of a part of an item: the last tile may have no second one.
+template <int kStepTokens>
+__device__ __forceinline__ int step_count(const Work& work) {
+  const int end = min(work.length, work.last * kTileTokens);
+  return (end - work.first * kTileTokens + kStepTokens - 1) / kStepTokens;
+}
+
+// s becomes the sum of all four warps' shares, in an order that gives them the same bits.
+template <int kCount>
+__device__ __forceinline__ void add_shares(float4* shares, float (&s)[kCount][4], int block, int team) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) shares[(block * kCount + j) * 32] = make_float4(s[j][0], s[j][1], s[j][2], s[j][3]);
+  named_sync(kTeamBarrier + team, 128);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const float4 x = shares[((block ^ 1) * kCount + j) * 32];
+    const float4 y = shares[((block ^ 2) * kCount + j) * 32];
+    const float4 z = shares[((block ^ 3) * kCount + j) * 32];
+    s[j][0] = (s[j][0] + x.x) + (y.x + z.x);
+    s[j][1] = (s[j][1] + x.y) + (y.y + z.y);
+    s[j][2] = (s[j][2] + x.z) + (y.z + z.z);
+    s[j][3] = (s[j][3] + x.w) + (y.w + z.w);
+  }
+}
+
+// The two teams take the two halves of every tile.
+template <typename Operands>
+__device__ __forceinline__ void consume_halves(const Params& params, Schedule& schedule,
+                                               const NarrowBarriers<typename Operands::L>& barriers, char* smem, uint32_t base,
+                                               int cta, int thread) {
+  using L = typename Operands::L;
+  using T = typename Operands::T;
+  constexpr int kStepTokens = Operands::kStepTokens;
+  constexpr int kGroups = kStepTokens / 8;
+  const int lane = thread & 31;
+  const int block = thread / 32 & 3;
+  const int team = thread / 128;
+  const int g = lane / 4, c = lane & 3;
+  const RowTable table = row_table<L>(smem);
+  float4* exchange = reinterpret_cast<float4*>(smem + L::kExchange);
+  float4* given = exchange + team * (L::kExchangeBytes / 16);  // this team's buffer
+  float2* totals = reinterpret_cast<float2*>(smem + L::kTotals);
+  int hidden[2];  // tokens that rows g and g + 8 do not see, counted from the end
+#pragma unroll
+  for (int i = 0; i < 2; ++i) hidden[i] = params.causal ? max(0, params.s_q - 1 - (g + 8 * i) / params.h_q) : 0;
+  const int always_seen = params.causal ? params.s_q - 1 : 0;
+
+  Operands operands;
+  Work work;
+  uint32_t step = 0;   // of the CTA's stream, at the item's beginning
+  uint32_t items = 0;
+  uint32_t uses = 0;   // of this team's exchange buffer
+  while (schedule.next(work)) {
+    typename Operands::Query query;
+    mbarrier_wait(barriers.query_full(), items & 1);
+    query.load(smem + L::kQuery, block, lane);
+    warp_arrive(barriers.query_empty(), lane);
+
+    float o[2][8][4];
+    float maximum[2], sum[2];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) o[i & 1][i / 2 & 7][i / 16 & 3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      maximum[i] = -INFINITY;
+      sum[i] = 0.f;
+    }
+    const int steps = step_count<kStepTokens>(work);
+#pragma unroll 1
+    for (int i = team; i < steps; i += kTeams) {
+      const uint32_t slot = (step + i) % L::kRawSlots;
+      const uint32_t tokens = base + L::kRing + slot * L::kStepBytes;
+      const int used = work.length - work.first * kTileTokens - i * kStepTokens;
+      mbarrier_wait(barriers.full(slot), (step + i) / L::kRawSlots & 1);
+      float s[kGroups][4];
+      operands.scores(s, query, tokens, block, lane, used);
+      mbarrier_wait(barriers.exchange_empty(team), (uses & 1) ^ 1);
+      ++uses;
+      add_shares(given + lane, s, block, team);
+      warp_arrive(barriers.exchange_empty(team), lane);
+
+      // Online softmax in log2 units.
+      if (params.negative) {
+#pragma unroll
+        for (int e = 0; e < 4 * kGroups; ++e) {
+          float& x = s[e / 4][e % 4];
+          x = -x;
+        }
+      }
+      float alpha[2];
+      uint32_t weight[kGroups / 2][4];
+      bool same = true;
+      if (used < kStepTokens + always_seen) {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int limit = used - hidden[i] - 2 * c - 8 * j;
+            if (limit <= 0) s[j][2 * i] = -INFINITY;
+            if (limit <= 1) s[j][2 * i + 1] = -INFINITY;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float largest = s[0][2 * i];
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) largest = fmaxf(largest, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+        largest = fmaxf(maximum[i], largest * params.scale_log2);
+        const float reference = largest == -INFINITY ? 0.f : largest;
+        alpha[i] = exp2_approximate(maximum[i] - reference);
+        same &= alpha[i] == 1.f;
+        maximum[i] = largest;
+        float partial = 0.f;
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          const float x = exp2_approximate(s[j][2 * i] * params.scale_log2 - reference);
+          const float y = exp2_approximate(s[j][2 * i + 1] * params.scale_log2 - reference);
+          partial += x + y;
+          weight[j / 2][2 * (j & 1) + i] = operands.weights(x, y, j);
+        }
+        sum[i] = sum[i] * alpha[i] + partial;
+      }
+      if (!__all_sync(kAllLanes, same)) {
+#pragma unroll
+        for (int e = 0; e < 64; ++e) o[e & 1][e / 2 & 7][e / 16 & 3] *= alpha[e / 32 & 1];
+      }
+      operands.values(o, weight, tokens, block, lane, used);
+      warp_arrive(barriers.empty(slot), lane);
+    }
+    step += steps;
+    ++items;
+
+    // Each team finishes half of every warp's latents: it gives the other team its share of the other half.
+    const bool states = team == 0 && block == 0 && c == 0;  // stores the rows' statistics
+    const int slot = cta == work.head_group;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
+    }
+    mbarrier_wait(barriers.exchange_empty(team), (uses & 1) ^ 1);
+    ++uses;
+    float mine[8][4];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float other[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        mine[j][e] = team ? o[1][j][e] : o[0][j][e];
+        other[e] = team ? o[0][j][e] : o[1][j][e];
+      }
+      given[(block * 8 + j) * 32 + lane] = make_float4(other[0], other[1], other[2], other[3]);
+    }
+    if (block == 0 && c == 0) {
+      totals[team * L::kRows + g] = make_float2(maximum[0], sum[0]);
+      totals[team * L::kRows + g + 8] = make_float2(maximum[1], sum[1]);
+    }
+    named_sync(kBothTeams, 256);
+    float factor[2][2];  // of the row, of its own team's and the other's
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = g + 8 * i;
+      const float2 a = totals[row];
+      const float2 b = totals[L::kRows + row];
+      const float largest = fmaxf(a.x, b.x);
+      const float reference = largest == -INFINITY ? 0.f : largest;
+      const float first = exp2_approximate(a.x - reference);
+      const float second = exp2_approximate(b.x - reference);
+      const float total = a.y * first + b.y * second;
+      inverse[i] = total == 0.f ? 0.f : __frcp_rn(total);
+      factor[i][0] = team ? second : first;
+      factor[i][1] = team ? first : second;
+      if (states) {
+        if (work.parts == 1) {
+          store_lse(params, table, work.item, row, largest, total);
+        } else {
+          params.stats[(2 * cta + slot) * 64 + row] = make_float2(largest, total);
+        }
+      }
+    }
+    const float4* taken = exchange + (1 - team) * (L::kExchangeBytes / 16) + block * 256 + lane;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float4 other = taken[j * 32];
+      mine[j][0] = mine[j][0] * factor[0][0] + other.x * factor[0][1];
+      mine[j][1] = mine[j][1] * factor[0][0] + other.y * factor[0][1];
+      mine[j][2] = mine[j][2] * factor[1][0] + other.z * factor[1][1];
+      mine[j][3] = mine[j][3] * factor[1][0] + other.w * factor[1][1];
+    }
+    warp_arrive(barriers.exchange_empty(1 - team), lane);
+    if (work.parts == 1) {
+      Operands::store(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, mine, inverse);
+    } else {
+      float4* part = params.partial + (2 * cta + slot) * slot_elements(params) + (4 * block + 2 * team) * 128 + lane;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) part[j * 32] = make_float4(mine[j][0], mine[j][1], mine[j][2], mine[j][3]);
+    }
+    if (work.parts > 1) {
+      if (thread == 0) {
+        reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group, work.parts, cta - work.head_group};
+      }
+      announce_part(params, work, 0, team, thread & 127);
+    }
+  }
+}
+
+// One warp: the steps of the group's whole stream into the ring.
+template <typename Operands>
+__device__ __forceinline__ void load_halves(const Params& params, const CUtensorMap* map, Schedule& schedule,
+                                            const NarrowBarriers<typename Operands::L>& barriers, uint32_t ring, int lane) {
+  using L = typename Operands::L;
+  const uint64_t policy = schedule.cache_policy();
+  Work work;
+  uint32_t step = 0;
+  while (schedule.next(work)) {
+    const int32_t* pages = params.block_table + work.item * params.block_table_stride + work.first;
+    const int steps = step_count<Operands::kStepTokens>(work);
+    int mine = 0;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i, ++step) {
+      const int tile = i / 2;
+      if (i % 64 == 0) mine = work.first + tile + lane < work.last ? pages[tile + lane] : 0;
+      const int page = __shfl_sync(kAllLanes, mine, tile & 31);
+      const uint32_t slot = step % L::kRawSlots;
+      mbarrier_wait(barriers.empty(slot), (step / L::kRawSlots & 1) ^ 1);
+      Operands::load(params, map, ring + slot * L::kStepBytes, barriers.full(slot), page, i & 1, policy, lane);
+      __syncwarp();
+    }
+  }
+}
+
+// One warp: the steps of the group's stream into the ring.
+template <typename Operands>
+__device__ __forceinline__ void load_steps(const Params& params, const CUtensorMap* map, Schedule& schedule,
+                                           const NarrowBarriers<typename Operands::L>& barriers, uint32_t ring, int lane) {
+  using L = typename Operands::L;
   const uint64_t policy = schedule.cache_policy();
   Work work;
   uint32_t tile = 0;
@@ -451,30 +467,27 @@ __device__ __forceinline__ void load_raw_tiles(const Params& params, Schedule& s
       for (int i = 0; i < count; ++i, ++tile) {
         const int page = __shfl_sync(kAllLanes, mine, i);
         const uint32_t slot = tile % L::kRawSlots;
-        mbarrier_wait(barriers.raw_empty(slot), (tile / L::kRawSlots & 1) ^ 1);
-        if (lane == 0) {
-          mbarrier_expect(barriers.raw_full(slot), L::kTileBytesFp8);
-          bulk_copy(raw + slot * L::kTileBytesFp8, params.raw_cache + page * params.raw_stride, L::kTileBytesFp8,
-                    barriers.raw_full(slot), policy);
-        }
+        mbarrier_wait(barriers.empty(slot), (tile / L::kRawSlots & 1) ^ 1);
+        Operands::load(params, map, ring + slot * L::kStepBytes, barriers.full(slot), page, 0, policy, lane);
         __syncwarp();
       }
     }
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(NarrowLayout::kThreads, 1)
+template <typename Operands>
+__global__ void __launch_bounds__(Operands::L::kThreads, 1)
 mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap query_map,
-                         const __grid_constant__ CUtensorMap) {
-  using L = NarrowLayout;
+                         const __grid_constant__ CUtensorMap cache_map) {
+  using L = typename Operands::L;
+  using T = typename Operands::T;
   extern __shared__ char dynamic_smem[];
   const uint32_t unaligned = shared_address(dynamic_smem);
   const uint32_t base = (unaligned + 1023) & ~1023u;
   char* smem = dynamic_smem + (base - unaligned);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
-  const NarrowBarriers barriers(base + L::kBarriers);
+  const NarrowBarriers<L> barriers(base + L::kBarriers);
   if (warp == 0) {
     if (lane == 0) barriers.init();
     if (lane < 2) reinterpret_cast<Split*>(smem + L::kSplits)[lane].parts = 0;
@@ -484,6 +497,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
     prefetch_block_table(params, lane);
   } else if (warp == 9) {
     if (lane == 0) prefetch_tensor_map(&query_map);
+    if (Operands::kStepTokens < kTileTokens && lane == 1) prefetch_tensor_map(&cache_map);
   }
   __syncthreads();
 
@@ -492,14 +506,22 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   if (warp >= 8) {
     shrink_registers<40>();
     if (warp == 8) {
-      load_raw_tiles(params, schedule, barriers, base + L::kRaw, lane);
+      if constexpr (Operands::kStepTokens < kTileTokens) {
+        load_halves<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
+      } else {
+        load_steps<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
+      }
     } else if (warp == 9) {
       load_queries(params, &query_map, schedule, barriers, base + L::kQuery, 0, lane);
     }
   } else {
-    grow_registers<224>();
+    grow_registers<Operands::kRegisters>();
     const int thread = threadIdx.x;
-    consume_tiles<T>(params, schedule, barriers, smem, base, cta, thread);
+    if constexpr (Operands::kStepTokens < kTileTokens) {
+      consume_halves<Operands>(params, schedule, barriers, smem, base, cta, thread);
+    } else {
+      consume_steps<Operands>(params, schedule, barriers, smem, base, cta, thread);
+    }
     const RowTable table = row_table<L>(smem);
     if (schedule.has_empty_items) {
 #pragma unroll 1
@@ -512,7 +534,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
     for (int slot = 0; slot < 2; ++slot) {
       const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
       if (split.parts > 0) {
-        merge<T, NarrowOrder>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kRaw));
+        merge<T, typename Operands::Order>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kRing));
       }
     }
   }
