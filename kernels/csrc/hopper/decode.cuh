@@ -1,4 +1,5 @@
-// The MLA decode kernel for sm_90a: one launch, one CTA on every multiprocessor.
+// The MLA decode kernel for sm_90a and more than 16 query rows (narrow.cuh is for fewer): one launch, one CTA on every
+// multiprocessor.
 //
 // A CTA holds 64 query rows (rows = queries x heads) in shared memory and streams 64-token tiles of the latent cache
 // through two 72 KB stages, each read once from memory and used twice: as keys (576 wide, K-major) and as values (512

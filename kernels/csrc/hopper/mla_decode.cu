@@ -248,11 +248,11 @@ Variant narrow() {
 
 Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
   const bool few_rows = row_groups == 1;
-  if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout<true, 64>>();
+  if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout<true>>();
   if (q_dtype == MLA_DTYPE_BFLOAT16) {
-    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : wide<__nv_bfloat16, Layout<false, 64>>();
+    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : wide<__nv_bfloat16, Layout<false>>();
   }
-  return few_rows ? narrow<Narrow16bit<__half>>() : wide<__half, Layout<false, 64>>();
+  return few_rows ? narrow<Narrow16bit<__half>>() : wide<__half, Layout<false>>();
 }
 
 Params kernel_params(const mla_decode_params& p, int ctas) {

@@ -1,9 +1,7 @@
-// The kernel for an fp8_ds_mla cache and at most 16 query rows, where memory is the limit: nothing is unpacked to shared
-// memory. A page's 64 raw tokens lie in shared memory as they do in the cache. A team of four warps works on a tile, each
-// warp on one scale block, 128 latents of all tokens: it turns codes into the fragments of mma instructions twice, with
-// the latents as the inner dimension (keys) and with the tokens as such (values). Scales are multiplied into the warp's
-// scores and weights. The only exchange is that of the four warps' shares of the scores. Two teams take tiles in turn,
-// and add up at an item's end.
+// The kernel for at most 16 query rows, where memory is the limit: operands go from the cache's bytes in shared memory to
+// registers and no further. A team of four warps works on a step of 32 or 64 tokens, each warp on 128 latents of all of
+// them, for the scores and for the values alike; the only exchange is that of the four warps' shares of the scores. Two
+// teams take steps in turn, and add up at an item's end.
 #ifndef MLA_HOPPER_NARROW_CUH_
 #define MLA_HOPPER_NARROW_CUH_
 
@@ -13,255 +11,119 @@
 #include "narrow_16bit.cuh"
 #include "narrow_fp8.cuh"
 #include "narrow_layout.cuh"
+#include "narrow_softmax.cuh"
 #include "schedule.cuh"
 #include "values.cuh"
 
 namespace mla_hopper {
 
-// A warp's 64 finished latents times scale, to the workspace: unit 2 n + h of 16 rows x 32 columns has o[4 h] to o[4 h + 3]
-// of the n-th 64 latents.
-__device__ __forceinline__ void store_part(float4* part, int lane, const float (&o)[8][4], const float (&scale)[2]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    part[i * 32 + lane] = make_float4(o[i][0] * scale[0], o[i][1] * scale[0], o[i][2] * scale[1], o[i][3] * scale[1]);
-  }
-}
-
-template <typename Operands>
-__device__ __forceinline__ void consume_steps(const Params& params, Schedule& schedule,
-                                              const NarrowBarriers<typename Operands::L>& barriers, char* smem, uint32_t base,
-                                              int cta, int thread) {
-  using L = typename Operands::L;
-  using T = typename Operands::T;
-  const int lane = thread & 31;
-  const int block = thread / 32 & 3;
-  const int team = thread / 128;
-  const int g = lane / 4, c = lane & 3;
-  const RowTable table = row_table<L>(smem);
-  float4* exchange = reinterpret_cast<float4*>(smem + L::kExchange);
-  float2* totals = reinterpret_cast<float2*>(smem + L::kTotals);
-  int hidden[2] = {0, 0};  // tokens that rows g and g + 8 do not see, counted from the end
-  if (params.causal) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) hidden[i] = max(0, params.s_q - 1 - (g + 8 * i) / params.h_q);
-  }
-  const int always_seen = params.causal ? params.s_q - 1 : 0;
-
-  Work work;
-  uint32_t tile = 0;   // of the CTA's stream
-  uint32_t items = 0;
-  uint32_t uses = 0;   // of this team's exchange buffer
-  while (schedule.next(work)) {
-    typename Operands::Query query;
-    mbarrier_wait(barriers.query_full(), items & 1);
-    query.load(smem + L::kQuery, block, lane);
-    warp_arrive(barriers.query_empty(), lane);
-
-    float o[2][8][4];
-#pragma unroll
-    for (int i = 0; i < 64; ++i) o[i / 32][i / 4 % 8][i % 4] = 0.f;
-    float maximum[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {0.f, 0.f};
-#pragma unroll 1
-    for (int t = work.first + ((tile ^ team) & 1); t < work.last; t += 2) {
-      const uint32_t index = tile + (t - work.first);
-      const uint32_t slot = index % L::kRawSlots;
-      const uint32_t raw = base + L::kRing + slot * L::kStepBytes;
-      const int used = work.length - t * kTileTokens;
-      mbarrier_wait(barriers.full(slot), index / L::kRawSlots & 1);
-      float s[8][4];
-      Operands operands;
-      operands.scores(s, query, raw, block, lane, used);
-
-      // The other warps' shares, added in an order that gives all four the same bits.
-      float4* shares = exchange + team * (L::kExchangeBytes / 16) + lane;
-      mbarrier_wait(barriers.exchange_empty(team), (uses & 1) ^ 1);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) shares[(block * 8 + j) * 32] = make_float4(s[j][0], s[j][1], s[j][2], s[j][3]);
-      named_sync(kTeamBarrier + team, 128);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float4 x = shares[((block ^ 1) * 8 + j) * 32];
-        const float4 y = shares[((block ^ 2) * 8 + j) * 32];
-        const float4 z = shares[((block ^ 3) * 8 + j) * 32];
-        s[j][0] = (s[j][0] + x.x) + (y.x + z.x);
-        s[j][1] = (s[j][1] + x.y) + (y.y + z.y);
-        s[j][2] = (s[j][2] + x.z) + (y.z + z.z);
-        s[j][3] = (s[j][3] + x.w) + (y.w + z.w);
-      }
-      warp_arrive(barriers.exchange_empty(team), lane);
-      ++uses;
-
-      // Online softmax in log2 units.
-      if (params.negative) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) s[i / 4][i % 4] = -s[i / 4][i % 4];
-      }
-      if (used < kTileTokens + always_seen) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int limit = used - hidden[i] - 2 * c - 8 * j;
-            if (limit <= 0) s[j][2 * i] = -INFINITY;
-            if (limit <= 1) s[j][2 * i + 1] = -INFINITY;
-          }
-        }
-      }
-      float alpha[2];
-      uint32_t weight[4][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float largest = s[0][2 * i];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-        largest = fmaxf(maximum[i], largest * params.scale_log2);
-        const float reference = largest == -INFINITY ? 0.f : largest;
-        alpha[i] = exp2_approximate(maximum[i] - reference);
-        maximum[i] = largest;
-        float partial = 0.f;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float x = exp2_approximate(s[j][2 * i] * params.scale_log2 - reference);
-          const float y = exp2_approximate(s[j][2 * i + 1] * params.scale_log2 - reference);
-          partial += x + y;
-          weight[j / 2][2 * (j & 1) + i] = operands.weights(x, y, j);
-        }
-        sum[i] = sum[i] * alpha[i] + partial;
-      }
-      if (!__all_sync(kAllLanes, alpha[0] == 1.f && alpha[1] == 1.f)) {
-#pragma unroll
-        for (int i = 0; i < 64; ++i) o[i / 32][i / 4 % 8][i % 4] *= alpha[i / 2 % 2];
-      }
-      operands.values(o, weight, raw, block, lane, used);
-      warp_arrive(barriers.empty(slot), lane);
-    }
-    tile += work.last - work.first;
-    ++items;
-
-    // Each team finishes half of every warp's latents: it gives the other team its share of the other half.
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
-    }
-    mbarrier_wait(barriers.exchange_empty(team), (uses & 1) ^ 1);
-    ++uses;
-    float mine[8][4];
-    float4* given = exchange + team * (L::kExchangeBytes / 16) + block * 256 + lane;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      given[j * 32] = team ? make_float4(o[0][j][0], o[0][j][1], o[0][j][2], o[0][j][3])
-                           : make_float4(o[1][j][0], o[1][j][1], o[1][j][2], o[1][j][3]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) mine[j][e] = team ? o[1][j][e] : o[0][j][e];
-    }
-    if (block == 0 && c == 0) {
-      totals[team * L::kRows + g] = make_float2(maximum[0], sum[0]);
-      totals[team * L::kRows + g + 8] = make_float2(maximum[1], sum[1]);
-    }
-    named_sync(kBothTeams, 256);
-    float factor[2][2];  // of the row, of its own team's and the other's
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 a = totals[g + 8 * i];
-      const float2 b = totals[L::kRows + g + 8 * i];
-      maximum[i] = fmaxf(a.x, b.x);
-      const float reference = maximum[i] == -INFINITY ? 0.f : maximum[i];
-      const float first = exp2_approximate(a.x - reference);
-      const float second = exp2_approximate(b.x - reference);
-      sum[i] = a.y * first + b.y * second;
-      factor[i][0] = team ? second : first;
-      factor[i][1] = team ? first : second;
-    }
-    const float4* taken = exchange + (1 - team) * (L::kExchangeBytes / 16) + block * 256 + lane;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float4 other = taken[j * 32];
-      mine[j][0] = mine[j][0] * factor[0][0] + other.x * factor[0][1];
-      mine[j][1] = mine[j][1] * factor[0][0] + other.y * factor[0][1];
-      mine[j][2] = mine[j][2] * factor[1][0] + other.z * factor[1][1];
-      mine[j][3] = mine[j][3] * factor[1][0] + other.w * factor[1][1];
-    }
-    warp_arrive(barriers.exchange_empty(1 - team), lane);
-
-    constexpr float kUnit = Operands::kUnit;
-    const bool states = team == 0 && block == 0 && c == 0;     // stores the rows' statistics
-    if (work.parts == 1) {
-      if (states) {
-        store_lse(params, table, work.item, g, maximum[0], sum[0]);
-        store_lse(params, table, work.item, g + 8, maximum[1], sum[1]);
-      }
-      const float inverse[2] = {sum[0] == 0.f ? 0.f : kUnit * __frcp_rn(sum[0]),
-                                sum[1] == 0.f ? 0.f : kUnit * __frcp_rn(sum[1])};
-      Operands::store(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, mine, inverse);
-    } else {
-      const int slot = cta == work.head_group;
-      if (states) {
-        float2* stats = params.stats + (2 * cta + slot) * 64;
-        stats[g] = make_float2(maximum[0], sum[0]);
-        stats[g + 8] = make_float2(maximum[1], sum[1]);
-      }
-      if (thread == 0) {
-        reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group, work.parts, cta - work.head_group};
-      }
-      const float unit[2] = {kUnit, kUnit};
-      store_part(params.partial + (2 * cta + slot) * slot_elements(params) + (2 * block + team) * 256, lane, mine, unit);
-      announce_part(params, work, 0, team, thread & 127);
-    }
-  }
-}
-
-// Steps of a part of an item: the last tile may have no second one.
+// Steps of a part of an item; its last tile may have fewer than others.
 template <int kStepTokens>
 __device__ __forceinline__ int step_count(const Work& work) {
   const int end = min(work.length, work.last * kTileTokens);
   return (end - work.first * kTileTokens + kStepTokens - 1) / kStepTokens;
 }
 
-// s becomes the sum of all four warps' shares, in an order that gives them the same bits.
-template <int kCount>
-__device__ __forceinline__ void add_shares(float4* shares, float (&s)[kCount][4], int block, int team) {
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) shares[(block * kCount + j) * 32] = make_float4(s[j][0], s[j][1], s[j][2], s[j][3]);
-  named_sync(kTeamBarrier + team, 128);
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const float4 x = shares[((block ^ 1) * kCount + j) * 32];
-    const float4 y = shares[((block ^ 2) * kCount + j) * 32];
-    const float4 z = shares[((block ^ 3) * kCount + j) * 32];
-    s[j][0] = (s[j][0] + x.x) + (y.x + z.x);
-    s[j][1] = (s[j][1] + x.y) + (y.y + z.y);
-    s[j][2] = (s[j][2] + x.z) + (y.z + z.z);
-    s[j][3] = (s[j][3] + x.w) + (y.w + z.w);
-  }
-}
-
-// The two teams take the two halves of every tile.
+// A part is done: both teams' sums, o with the statistics in `softmax`, to the output or the workspace. Each team finishes
+// half of every warp's latents and gives the other team its share of the other half, through its exchange buffer.
 template <typename Operands>
-__device__ __forceinline__ void consume_halves(const Params& params, Schedule& schedule,
-                                               const NarrowBarriers<typename Operands::L>& barriers, char* smem, uint32_t base,
-                                               int cta, int thread) {
+__device__ __forceinline__ void finish_part(const Params& params, const Work& work,
+                                            const NarrowBarriers<typename Operands::L>& barriers, char* smem, int cta,
+                                            int thread, const float (&o)[2][8][4], const RowPairSoftmax& softmax) {
   using L = typename Operands::L;
   using T = typename Operands::T;
-  constexpr int kStepTokens = Operands::kStepTokens;
-  constexpr int kGroups = kStepTokens / 8;
   const int lane = thread & 31;
   const int block = thread / 32 & 3;
   const int team = thread / 128;
   const int g = lane / 4, c = lane & 3;
   const RowTable table = row_table<L>(smem);
   float4* exchange = reinterpret_cast<float4*>(smem + L::kExchange);
-  float4* given = exchange + team * (L::kExchangeBytes / 16);  // this team's buffer
   float2* totals = reinterpret_cast<float2*>(smem + L::kTotals);
+  const bool states = team == 0 && block == 0 && c == 0;  // stores the rows' statistics
+  const int slot = cta == work.head_group;
+  float mine[8][4];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float other[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      mine[j][e] = team ? o[1][j][e] : o[0][j][e];
+      other[e] = team ? o[0][j][e] : o[1][j][e];
+    }
+    exchange[team * (L::kExchangeBytes / 16) + (block * 8 + j) * 32 + lane] = make_float4(other[0], other[1], other[2], other[3]);
+  }
+  if (block == 0 && c == 0) {
+    totals[team * L::kRows + g] = make_float2(softmax.maximum[0], softmax.sum[0]);
+    totals[team * L::kRows + g + 8] = make_float2(softmax.maximum[1], softmax.sum[1]);
+  }
+  named_sync(kBothTeams, 256);
+  float factor[2][2];  // of the row, of its own team's and the other's
+  float inverse[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = g + 8 * i;
+    const float2 a = totals[row];
+    const float2 b = totals[L::kRows + row];
+    const float largest = fmaxf(a.x, b.x);
+    const float reference = largest == -INFINITY ? 0.f : largest;
+    const float first = exp2_approximate(a.x - reference);
+    const float second = exp2_approximate(b.x - reference);
+    const float total = a.y * first + b.y * second;
+    inverse[i] = total == 0.f ? 0.f : Operands::kUnit * __frcp_rn(total);
+    factor[i][0] = team ? second : first;
+    factor[i][1] = team ? first : second;
+    if (states) {
+      if (work.parts == 1) {
+        store_lse(params, table, work.item, row, largest, total);
+      } else {
+        params.stats[(2 * cta + slot) * 64 + row] = make_float2(largest, total);
+      }
+    }
+  }
+  const float4* taken = exchange + (1 - team) * (L::kExchangeBytes / 16) + block * 256 + lane;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float4 other = taken[j * 32];
+    mine[j][0] = mine[j][0] * factor[0][0] + other.x * factor[0][1];
+    mine[j][1] = mine[j][1] * factor[0][0] + other.y * factor[0][1];
+    mine[j][2] = mine[j][2] * factor[1][0] + other.z * factor[1][1];
+    mine[j][3] = mine[j][3] * factor[1][0] + other.w * factor[1][1];
+  }
+  warp_arrive(barriers.exchange_empty(1 - team), lane);
+  if (work.parts == 1) {
+    Operands::store(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, mine, inverse);
+  } else {
+    float4* part = params.partial + (2 * cta + slot) * slot_elements(params) + (4 * block + 2 * team) * 128 + lane;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      part[j * 32] = make_float4(mine[j][0] * Operands::kUnit, mine[j][1] * Operands::kUnit, mine[j][2] * Operands::kUnit,
+                                 mine[j][3] * Operands::kUnit);
+    }
+    if (thread == 0) {
+      reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group, work.parts, cta - work.head_group};
+    }
+    announce_part(params, work, 0, team, thread & 127);
+  }
+}
+
+// Eight warps: every part of the group's piece, to the output or the workspace.
+template <typename Operands>
+__device__ __forceinline__ void consume_steps(const Params& params, Schedule& schedule,
+                                              const NarrowBarriers<typename Operands::L>& barriers, char* smem, uint32_t base,
+                                              int cta, int thread) {
+  using L = typename Operands::L;
+  constexpr int kStepTokens = Operands::kStepTokens;
+  constexpr int kGroups = kStepTokens / 8;
+  const int lane = thread & 31;
+  const int block = thread / 32 & 3;
+  const int team = thread / 128;
+  const int g = lane / 4, c = lane & 3;
+  float4* shares = reinterpret_cast<float4*>(smem + L::kExchange + team * L::kExchangeBytes) + lane;
   int hidden[2];  // tokens that rows g and g + 8 do not see, counted from the end
 #pragma unroll
   for (int i = 0; i < 2; ++i) hidden[i] = params.causal ? max(0, params.s_q - 1 - (g + 8 * i) / params.h_q) : 0;
   const int always_seen = params.causal ? params.s_q - 1 : 0;
 
-  Operands operands;
   Work work;
   uint32_t step = 0;   // of the CTA's stream, at the item's beginning
   uint32_t items = 0;
@@ -273,39 +135,30 @@ __device__ __forceinline__ void consume_halves(const Params& params, Schedule& s
     warp_arrive(barriers.query_empty(), lane);
 
     float o[2][8][4];
-    float maximum[2], sum[2];
+    RowPairSoftmax softmax;
 #pragma unroll
     for (int i = 0; i < 64; ++i) o[i & 1][i / 2 & 7][i / 16 & 3] = 0.f;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      maximum[i] = -INFINITY;
-      sum[i] = 0.f;
-    }
     const int steps = step_count<kStepTokens>(work);
 #pragma unroll 1
-    for (int i = team; i < steps; i += kTeams) {
+    for (int i = (step ^ team) & 1; i < steps; i += kTeams) {
       const uint32_t slot = (step + i) % L::kRawSlots;
       const uint32_t tokens = base + L::kRing + slot * L::kStepBytes;
       const int used = work.length - work.first * kTileTokens - i * kStepTokens;
       mbarrier_wait(barriers.full(slot), (step + i) / L::kRawSlots & 1);
       float s[kGroups][4];
+      Operands operands;
       operands.scores(s, query, tokens, block, lane, used);
       mbarrier_wait(barriers.exchange_empty(team), (uses & 1) ^ 1);
       ++uses;
-      add_shares(given + lane, s, block, team);
+      add_shares(shares, s, block, team);
       warp_arrive(barriers.exchange_empty(team), lane);
 
-      // Online softmax in log2 units.
       if (params.negative) {
 #pragma unroll
-        for (int e = 0; e < 4 * kGroups; ++e) {
-          float& x = s[e / 4][e % 4];
-          x = -x;
-        }
+        for (int e = 0; e < 4 * kGroups; ++e) s[e / 4][e % 4] = -s[e / 4][e % 4];
       }
       float alpha[2];
       uint32_t weight[kGroups / 2][4];
-      bool same = true;
       if (used < kStepTokens + always_seen) {
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
@@ -317,29 +170,8 @@ __device__ __forceinline__ void consume_halves(const Params& params, Schedule& s
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float largest = s[0][2 * i];
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) largest = fmaxf(largest, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-        largest = fmaxf(maximum[i], largest * params.scale_log2);
-        const float reference = largest == -INFINITY ? 0.f : largest;
-        alpha[i] = exp2_approximate(maximum[i] - reference);
-        same &= alpha[i] == 1.f;
-        maximum[i] = largest;
-        float partial = 0.f;
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-          const float x = exp2_approximate(s[j][2 * i] * params.scale_log2 - reference);
-          const float y = exp2_approximate(s[j][2 * i + 1] * params.scale_log2 - reference);
-          partial += x + y;
-          weight[j / 2][2 * (j & 1) + i] = operands.weights(x, y, j);
-        }
-        sum[i] = sum[i] * alpha[i] + partial;
-      }
-      if (!__all_sync(kAllLanes, same)) {
+      softmax.add(s, operands, params.scale_log2, weight, alpha);
+      if (!__all_sync(kAllLanes, alpha[0] == 1.f && alpha[1] == 1.f)) {
 #pragma unroll
         for (int e = 0; e < 64; ++e) o[e & 1][e / 2 & 7][e / 16 & 3] *= alpha[e / 32 & 1];
       }
@@ -349,85 +181,17 @@ __device__ __forceinline__ void consume_halves(const Params& params, Schedule& s
     step += steps;
     ++items;
 
-    // Each team finishes half of every warp's latents: it gives the other team its share of the other half.
-    const bool states = team == 0 && block == 0 && c == 0;  // stores the rows' statistics
-    const int slot = cta == work.head_group;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
-      sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
-    }
+    softmax.add_lanes();
     mbarrier_wait(barriers.exchange_empty(team), (uses & 1) ^ 1);
     ++uses;
-    float mine[8][4];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float other[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        mine[j][e] = team ? o[1][j][e] : o[0][j][e];
-        other[e] = team ? o[0][j][e] : o[1][j][e];
-      }
-      given[(block * 8 + j) * 32 + lane] = make_float4(other[0], other[1], other[2], other[3]);
-    }
-    if (block == 0 && c == 0) {
-      totals[team * L::kRows + g] = make_float2(maximum[0], sum[0]);
-      totals[team * L::kRows + g + 8] = make_float2(maximum[1], sum[1]);
-    }
-    named_sync(kBothTeams, 256);
-    float factor[2][2];  // of the row, of its own team's and the other's
-    float inverse[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = g + 8 * i;
-      const float2 a = totals[row];
-      const float2 b = totals[L::kRows + row];
-      const float largest = fmaxf(a.x, b.x);
-      const float reference = largest == -INFINITY ? 0.f : largest;
-      const float first = exp2_approximate(a.x - reference);
-      const float second = exp2_approximate(b.x - reference);
-      const float total = a.y * first + b.y * second;
-      inverse[i] = total == 0.f ? 0.f : __frcp_rn(total);
-      factor[i][0] = team ? second : first;
-      factor[i][1] = team ? first : second;
-      if (states) {
-        if (work.parts == 1) {
-          store_lse(params, table, work.item, row, largest, total);
-        } else {
-          params.stats[(2 * cta + slot) * 64 + row] = make_float2(largest, total);
-        }
-      }
-    }
-    const float4* taken = exchange + (1 - team) * (L::kExchangeBytes / 16) + block * 256 + lane;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float4 other = taken[j * 32];
-      mine[j][0] = mine[j][0] * factor[0][0] + other.x * factor[0][1];
-      mine[j][1] = mine[j][1] * factor[0][0] + other.y * factor[0][1];
-      mine[j][2] = mine[j][2] * factor[1][0] + other.z * factor[1][1];
-      mine[j][3] = mine[j][3] * factor[1][0] + other.w * factor[1][1];
-    }
-    warp_arrive(barriers.exchange_empty(1 - team), lane);
-    if (work.parts == 1) {
-      Operands::store(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, mine, inverse);
-    } else {
-      float4* part = params.partial + (2 * cta + slot) * slot_elements(params) + (4 * block + 2 * team) * 128 + lane;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) part[j * 32] = make_float4(mine[j][0], mine[j][1], mine[j][2], mine[j][3]);
-    }
-    if (work.parts > 1) {
-      if (thread == 0) {
-        reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group, work.parts, cta - work.head_group};
-      }
-      announce_part(params, work, 0, team, thread & 127);
-    }
+    finish_part<Operands>(params, work, barriers, smem, cta, thread, o, softmax);
   }
 }
 
 // One warp: the steps of the group's whole stream into the ring.
 template <typename Operands>
-__device__ __forceinline__ void load_halves(const Params& params, const CUtensorMap* map, Schedule& schedule,
-                                            const NarrowBarriers<typename Operands::L>& barriers, uint32_t ring, int lane) {
+__device__ __forceinline__ void load_steps(const Params& params, const CUtensorMap* map, Schedule& schedule,
+                                           const NarrowBarriers<typename Operands::L>& barriers, uint32_t ring, int lane) {
   using L = typename Operands::L;
   const uint64_t policy = schedule.cache_policy();
   Work work;
@@ -435,42 +199,17 @@ __device__ __forceinline__ void load_halves(const Params& params, const CUtensor
   while (schedule.next(work)) {
     const int32_t* pages = params.block_table + work.item * params.block_table_stride + work.first;
     const int steps = step_count<Operands::kStepTokens>(work);
+    constexpr int kSteps = kTileTokens / Operands::kStepTokens;  // of a tile
     int mine = 0;
 #pragma unroll 1
     for (int i = 0; i < steps; ++i, ++step) {
-      const int tile = i / 2;
-      if (i % 64 == 0) mine = work.first + tile + lane < work.last ? pages[tile + lane] : 0;
+      const int tile = i / kSteps;
+      if (i % (32 * kSteps) == 0) mine = work.first + tile + lane < work.last ? pages[tile + lane] : 0;
       const int page = __shfl_sync(kAllLanes, mine, tile & 31);
       const uint32_t slot = step % L::kRawSlots;
       mbarrier_wait(barriers.empty(slot), (step / L::kRawSlots & 1) ^ 1);
-      Operands::load(params, map, ring + slot * L::kStepBytes, barriers.full(slot), page, i & 1, policy, lane);
+      Operands::load(params, map, ring + slot * L::kStepBytes, barriers.full(slot), page, i % kSteps, policy, lane);
       __syncwarp();
-    }
-  }
-}
-
-// One warp: the steps of the group's stream into the ring.
-template <typename Operands>
-__device__ __forceinline__ void load_steps(const Params& params, const CUtensorMap* map, Schedule& schedule,
-                                           const NarrowBarriers<typename Operands::L>& barriers, uint32_t ring, int lane) {
-  using L = typename Operands::L;
-  const uint64_t policy = schedule.cache_policy();
-  Work work;
-  uint32_t tile = 0;
-  while (schedule.next(work)) {
-    const int32_t* pages = params.block_table + work.item * params.block_table_stride;
-#pragma unroll 1
-    for (int chunk = work.first; chunk < work.last; chunk += 32) {
-      const int mine = chunk + lane < work.last ? pages[chunk + lane] : 0;
-      const int count = min(32, work.last - chunk);
-#pragma unroll 1
-      for (int i = 0; i < count; ++i, ++tile) {
-        const int page = __shfl_sync(kAllLanes, mine, i);
-        const uint32_t slot = tile % L::kRawSlots;
-        mbarrier_wait(barriers.empty(slot), (tile / L::kRawSlots & 1) ^ 1);
-        Operands::load(params, map, ring + slot * L::kStepBytes, barriers.full(slot), page, 0, policy, lane);
-        __syncwarp();
-      }
     }
   }
 }
@@ -506,22 +245,14 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   if (warp >= 8) {
     shrink_registers<40>();
     if (warp == 8) {
-      if constexpr (Operands::kStepTokens < kTileTokens) {
-        load_halves<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
-      } else {
-        load_steps<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
-      }
+      load_steps<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
     } else if (warp == 9) {
       load_queries(params, &query_map, schedule, barriers, base + L::kQuery, 0, lane);
     }
   } else {
-    grow_registers<Operands::kRegisters>();
+    grow_registers<232>();
     const int thread = threadIdx.x;
-    if constexpr (Operands::kStepTokens < kTileTokens) {
-      consume_halves<Operands>(params, schedule, barriers, smem, base, cta, thread);
-    } else {
-      consume_steps<Operands>(params, schedule, barriers, smem, base, cta, thread);
-    }
+    consume_steps<Operands>(params, schedule, barriers, smem, base, cta, thread);
     const RowTable table = row_table<L>(smem);
     if (schedule.has_empty_items) {
 #pragma unroll 1

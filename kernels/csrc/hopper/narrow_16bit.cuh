@@ -19,7 +19,6 @@ struct Narrow16bit {
   static constexpr int kStepBytes = kSlabs * kStepSlabBytes;
   using L = NarrowLayout<kStepBytes>;
   static constexpr float kUnit = 1.f;
-  static constexpr int kRegisters = 232;
 
   // Copies a step's tokens, a lane for each slab.
   static __device__ __forceinline__ void load(const Params&, const CUtensorMap* map, uint32_t slabs, uint32_t barrier, int page,

@@ -22,7 +22,6 @@ struct NarrowFp8 {
   static constexpr int kStepBytes = kStepTokens * kTokenBytesFp8;
   using L = NarrowLayout<kStepBytes>;
   static constexpr float kUnit = 1.f / (0x1p-120f * kWeightScale);  // what the values' sum is too small by
-  static constexpr int kRegisters = 224;                            // of a thread that computes
 
   // Copies a page's tokens, which are contiguous.
   static __device__ __forceinline__ void load(const Params& params, const CUtensorMap*, uint32_t raw, uint32_t barrier, int page,

@@ -35,9 +35,9 @@ constexpr int kTokenBytesFp8 = 656;   // 512 e4m3, 4 float32 scales, 64 bfloat16
 constexpr int kRawTokens = 16;        // tokens of one copy of raw fp8 cache
 constexpr int kRawBytes = kRawTokens * kTokenBytesFp8;
 
-// Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period). With an fp8 cache there is
-// a ring of raw tokens beside the 16-bit stages; the room for it is what fewer query rows, or one stage less, leave.
-template <bool kIsFp8, int kRows>
+// Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period). With an fp8 cache a ring of
+// raw tokens takes the place of the second stage.
+template <bool kIsFp8>
 struct Layout {
   static constexpr bool kFp8 = kIsFp8;
   // Query slabs that warpgroup 0 keeps in registers, and whether the value warpgroups do so with the weights: shared
@@ -48,7 +48,7 @@ struct Layout {
   static constexpr int kThreads = 384 + (kFp8 ? kUnpackers : 128);  // warpgroups: scores, two of values, producers
   static constexpr int kStages = kFp8 ? 1 : 2;
   static constexpr int kRawSlots = kFp8 ? 7 : 0;
-  static constexpr int kQuerySlabBytes = kRows * kColumns * 2;  // wgmma reads 64 rows: past kRows, whatever follows
+  static constexpr int kQuerySlabBytes = kTileRows * kColumns * 2;
   static constexpr int kQuery = 0;
   static constexpr int kCache = kQuery + kSlabs * kQuerySlabBytes;
   static constexpr int kRaw = kCache + kStages * kTileBytes;
