@@ -83,8 +83,16 @@ def test_a_tag_stands_for_its_content(tmp_path: Path) -> None:
     _, other_base = publish(tmp_path, SERVE_BASE="base@sha256:1")
     (tmp_path / "context" / "kernels" / "code.py").write_text("changed")
     _, changed = publish(tmp_path)
+    _, vllm = publish(tmp_path, SERVE_ENGINE="vllm")
     assert first == again
-    assert len({first, other_base, changed}) == 3
+    assert len({first, other_base, changed, vllm}) == 4
+
+
+def test_the_serving_image_is_built_for_the_engine(tmp_path: Path) -> None:
+    for variables, engine in (({}, "native"), ({"SERVE_ENGINE": "vllm"}, "vllm")):
+        calls, _ = publish(tmp_path, **variables)
+        (build,) = (call for call in calls if call.startswith("docker build") and "target serve" in call)
+        assert f"--build-arg ENGINE={engine} " in build
 
 
 def test_an_image_that_is_there_is_not_built_again(tmp_path: Path) -> None:
