@@ -243,14 +243,14 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   const int cta = blockIdx.x;  // of as many groups: 16 rows are one tile of them
   Schedule schedule(params, cta, lane);
   if (warp >= 8) {
-    shrink_registers<40>();
+    shrink_registers<kProducerRegisters>();
     if (warp == 8) {
       load_steps<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
     } else if (warp == 9) {
       load_queries(params, &query_map, schedule, barriers, base + L::kQuery, 0, lane);
     }
   } else {
-    grow_registers<232>();
+    grow_registers<kTeamRegisters>();
     const int thread = threadIdx.x;
     consume_steps<Operands>(params, schedule, barriers, smem, base, cta, thread);
     const RowTable table = row_table<L>(smem);

@@ -10,6 +10,14 @@ constexpr int kTeams = 2;
 constexpr int kBothTeams = 1;    // named barriers beside those of barriers.cuh
 constexpr int kTeamBarrier = 2;  // and 3
 
+// Registers of a thread: what the launch gives all 384, what the two teams take, what the other four warps keep. The teams
+// can have no more than the others give back, or they would wait for it for ever.
+constexpr int kLaunchRegisters = 65536 / (kTeams * 128 + 128) / 8 * 8;
+constexpr int kTeamRegisters = 232;
+constexpr int kProducerRegisters = 40;
+static_assert(kTeams * (kTeamRegisters - kLaunchRegisters) <= kLaunchRegisters - kProducerRegisters,
+              "the teams ask for registers that nobody gives back");
+
 // The ring's slots hold a step each, what a team takes at once.
 template <int kStepBytesOf>
 struct NarrowLayout {
