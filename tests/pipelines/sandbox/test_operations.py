@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -136,9 +137,12 @@ def test_status_shows_what_production_serves_and_how_it_got_there(world: World) 
 
 
 def test_status_counts_with_what_production_served_once_it_has(world: World) -> None:
+    then = datetime.now(UTC) - timedelta(hours=1)
     world.aws.client("cloudwatch").put_metric_data(
         Namespace=f"MlaPipeline/{NAME}",
-        MetricData=[{"MetricName": "TokensPerSecond", "Value": value} for value in (150.0, 250.0)],
+        MetricData=[
+            {"MetricName": "TokensPerSecond", "Value": value, "Timestamp": then} for value in (150.0, 250.0)
+        ],
     )
     text = "\n".join(endpoint.status(world.clients, world.settings, NAME).lines())
     assert "0.30 USD per million tokens at 200 tokens a second an instance, served while busy" in text
