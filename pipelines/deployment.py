@@ -110,6 +110,16 @@ class Deployment(Strict):
         size, whole = int(self.step_size.rstrip("%")), 100 if percent else instances
         return -(-whole // size)
 
+    def extra(self, instances: int) -> int:
+        """Instances that an update of a fleet of `instances` needs besides them, its way back included."""
+        if self.strategy != "rolling" or self.rollback_size is None:
+            return instances
+        return max(_instances(size, instances) for size in (self.step_size, self.rollback_size))
+
+
+def _instances(size: str, fleet: int) -> int:
+    return -(-fleet * int(size[:-1]) // 100) if size.endswith("%") else int(size)
+
 
 def problem(deployment: Deployment, instances: int) -> tuple[str, object, str] | None:
     """The key that does not fit a fleet of `instances`, its value, and why; None when all do."""
@@ -119,9 +129,10 @@ def problem(deployment: Deployment, instances: int) -> tuple[str, object, str] |
         why = f"it is more than half of EndpointInstanceCount, {instances}: give fewer, or percent"
         return "step_size", size, why
     steps = deployment.steps(instances)
-    waits = steps * deployment.bake_seconds + deployment.termination_wait_seconds
+    after = 0 if deployment.strategy == "rolling" else deployment.termination_wait_seconds
+    waits = steps * deployment.bake_seconds + after
     if waits >= deployment.timeout_seconds:
-        words = f"{steps} x bake_seconds and termination_wait_seconds alone take {waits} s"
+        words = f"{steps} x bake_seconds{' and termination_wait_seconds' * bool(after)} alone take {waits} s"
         why = f"{words}: give more, or take fewer steps or shorter waits"
         return "timeout_seconds", deployment.timeout_seconds, why
     scaling = deployment.scaling

@@ -114,7 +114,8 @@ def costs(aws: Aws, settings: Settings, prices: Prices, definition: dict[str, An
     if definition:
         yield from _release_costs(aws, settings, prices, definition)
     for name, kind, count in _endpoints(settings):
-        basis = f"{count} x {kind}; twice while an update runs both fleets"
+        extra = _in_an_update(settings, name, count)
+        basis = f"{count} x {kind}; {extra} more while it is updated{_scaling(settings, name)}"
         yield Cost(f"endpoint {name}", prices.of(kind, 1, count), "an hour", basis)
         yield Cost(f"endpoint {name}", prices.of(kind, HOURS_A_MONTH, count), "a month", f"{HOURS_A_MONTH} h")
 
@@ -177,20 +178,38 @@ def _measured_hours(aws: Aws, pipeline: str, jobs: set[str]) -> tuple[dict[str, 
 
 
 def needed_instances(settings: Settings) -> dict[str, int]:
-    """Quota name to instances: one run at a time, both endpoints, the larger one doubled by its update."""
+    """Quota name to instances: one run at a time, both endpoints at their largest, one in an update."""
     release = settings.parameters.release
     # CompileKernel and Evaluate follow each other
     processing = Counter({str(release["ProcessingInstanceType"]): 1} if settings.releases else {})
     processing[settings.jobs.control_instance_type] += 1
     serving: Counter[str] = Counter()
     updating: Counter[str] = Counter()
-    for _, kind, count in _endpoints(settings):
-        serving[kind] += count
-        updating[kind] = max(updating[kind], count)
+    scaling = settings.deployment.scaling
+    for name, kind, count in _endpoints(settings):
+        most = scaling.max_instances if scaling and _is_production(settings, name) else count
+        serving[kind] += most
+        updating[kind] = max(updating[kind], _in_an_update(settings, name, most))
     return {
         **{PROCESSING_QUOTA.format(kind): count for kind, count in processing.items()},
         **{ENDPOINT_QUOTA.format(kind): count for kind, count in (serving + updating).items()},
     }
+
+
+def _is_production(settings: Settings, endpoint: str) -> bool:
+    return endpoint == settings.parameters.production["ProductionEndpointName"]
+
+
+def _in_an_update(settings: Settings, endpoint: str, instances: int) -> int:
+    """Instances that an update needs besides the endpoint's own; staging gets a whole second fleet."""
+    return settings.deployment.extra(instances) if _is_production(settings, endpoint) else instances
+
+
+def _scaling(settings: Settings, endpoint: str) -> str:
+    scaling = settings.deployment.scaling
+    if not scaling or not _is_production(settings, endpoint):
+        return ""
+    return f"; {scaling.min_instances} to {scaling.max_instances} as it scales"
 
 
 def quotas(aws: Aws, needed: Mapping[str, int]) -> Iterator[Quota]:

@@ -88,6 +88,21 @@ def test_steps_are_counted_as_the_service_takes_them(
     assert settings.model_copy(update={"strategy": strategy, "step_size": size}).steps(instances) == steps
 
 
+@pytest.mark.parametrize(
+    ("changes", "extra"),
+    [
+        ({"strategy": "canary"}, 10),
+        ({"strategy": "rolling", "step_size": "25%", "rollback_size": "1"}, 3),
+        ({"strategy": "rolling", "step_size": "2", "rollback_size": "50%"}, 5),
+        ({"strategy": "rolling", "step_size": "2"}, 10),  # all old instances come back at once
+    ],
+    ids=str,
+)
+def test_an_update_needs_a_second_fleet_or_a_batch(changes: dict[str, Any], extra: int) -> None:
+    settings = Settings.load("production").deployment
+    assert settings.model_copy(update=changes).extra(10) == extra
+
+
 def test_the_job_outlives_the_longest_update() -> None:
     settings = load({"timeout_seconds": 28800})
     assert deployment.job_minutes(settings) * 60 > 2 * 28800

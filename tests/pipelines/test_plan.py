@@ -87,6 +87,20 @@ def test_an_account_gets_the_pipelines_that_belong_to_it(
     assert (plan.PROCESSING_QUOTA.format(machine) in quotas) is settings.releases
 
 
+def test_quotas_count_the_largest_fleets_and_one_update() -> None:
+    scaling = {"min_instances": 2, "max_instances": 8, "invocations_per_minute": 60}
+    rolling = {"deployment.strategy": "rolling", "deployment.step_size": 1, "deployment.rollback_size": "25%"}
+    settings = Settings.load("production", {**rolling, "deployment.scaling": scaling})
+    quota = plan.ENDPOINT_QUOTA.format("ml.p5.4xlarge")
+    assert plan.needed_instances(settings)[quota] == 1 + 8 + 2  # staging, production, a batch of the way back
+    (basis,) = (
+        one.basis
+        for one in plan.costs(Mock(), settings, Prices.load(settings.region), None)
+        if one.what == "endpoint mla-production" and one.unit == "an hour"
+    )
+    assert basis == "2 x ml.p5.4xlarge; 1 more while it is updated; 2 to 8 as it scales"
+
+
 def test_approvals_of_the_other_account_start_production() -> None:
     settings = Settings.load("local", {"names.model_package_group": GROUP})
     pattern = upsert.event_pattern(settings)
