@@ -176,9 +176,11 @@ class VllmEngine(BaseEngine):
         if output.num_cached_tokens is not None and sequence.first_token is None:
             sequence.reused = output.num_cached_tokens
         (completion,) = output.outputs
-        logprobs = completion.logprobs or [None] * len(completion.token_ids)
+        tokens = completion.token_ids
+        # Without new tokens vLLM repeats the log probabilities of all of them.
+        logprobs = completion.logprobs if tokens and completion.logprobs else [None] * len(tokens)
         steps: list[Step] = []
-        for token, choices in zip(completion.token_ids, logprobs, strict=True):
+        for token, choices in zip(tokens, logprobs, strict=True):
             logprob = chosen_logprob(token, choices, sequence.sampling.logprobs)
             steps.append(sequence.accept(token, logprob, self.config.eos_token_ids))
             if sequence.finish_reason:

@@ -73,7 +73,8 @@ class Client:
                 continue
             logprobs = None
             if sequence.sampling.logprobs is not None:
-                logprobs = [self._entries(entry) for entry in sequence.logprobs[start:]]
+                fresh = len(sequence.output) - start
+                logprobs = [self._entries(entry) for entry in sequence.logprobs[-fresh:]]  # as vLLM slices
             completion = SimpleNamespace(
                 token_ids=sequence.output[start:], logprobs=logprobs, finish_reason=sequence.finish_reason
             )
@@ -166,9 +167,10 @@ def test_what_vllm_refuses_is_an_error_of_that_request_only(pair: tuple[VllmEngi
 
 def test_an_end_that_only_vllm_knows(pair: tuple[VllmEngine, Engine, Client]) -> None:
     engine, _, client = pair
-    sequence = engine.add("hello", Sampling(max_tokens=50))
+    sequence = engine.add("hello", Sampling(max_tokens=50, logprobs=1))
     engine.step()
     inner = next(iter(client.sequences.values()))
+    client.engine.abort(inner)
     inner.finish_reason = "repetition"
     steps = engine.step()
     assert steps[-1].finish_reason == "error"
