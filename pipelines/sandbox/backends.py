@@ -1,4 +1,4 @@
-"""The only door to moto's inner objects: S3 objects, log streams, alarms, event rules, IAM policies.
+"""The only door to moto's inner objects: S3 objects, logs, alarms, scalable targets, rules, IAM policies.
 
 moto's backends are dictionaries in this very process; reading them directly spares an HTTP round trip per
 object. Everything here is safe to call from several threads.
@@ -143,6 +143,14 @@ class Backends:
 
         alarms = cloudwatch_backends[self.account.account_id][self.account.region].alarms
         return {name: alarms[name].state_value for name in names if name in alarms}
+
+    def scales(self, endpoint: str, variant: str) -> bool:
+        """Whether Application Auto Scaling has the variant's instances as a scalable target."""
+        from moto.applicationautoscaling import applicationautoscaling_backends
+
+        targets = applicationautoscaling_backends[self.account.account_id][self.account.region].targets
+        resource = f"endpoint/{endpoint}/variant/{variant}"
+        return resource in targets.get("sagemaker:variant:DesiredInstanceCount", {})
 
     def event_rules(self, bus: str = "default") -> list[Any]:
         """Enabled EventBridge rules of a bus (moto's Rule objects: name, event_pattern, targets)."""

@@ -111,6 +111,7 @@ class Endpoints:
                 raise invalid(
                     f"Cannot update an endpoint in status {endpoint.status}; delete it and create it anew."
                 )
+            self._refuse_while_scaling(endpoint, config)
             wanted = params.get("DeploymentConfig")
             if wanted is None and params.get("RetainDeploymentConfig"):
                 wanted = endpoint.record.get("LastDeploymentConfig")
@@ -131,6 +132,18 @@ class Endpoints:
                 endpoint.record["LastDeploymentConfig"] = wanted
         self._launch(lambda e: self._roll_out(e, how), endpoint)
         return {"EndpointArn": endpoint.record["EndpointArn"]}
+
+    def _refuse_while_scaling(self, endpoint: Endpoint, config: dict[str, Any]) -> None:
+        """The machine may not change: docs.aws.amazon.com/sagemaker/latest/dg/endpoint-scaling-update.html."""
+        name = endpoint.record["EndpointName"]
+        types = {one["VariantName"]: one["InstanceType"] for one in config["ProductionVariants"]}
+        for variant in endpoint.fleet.variants if endpoint.fleet else ():
+            same = types.get(variant.name) == variant.config["InstanceType"]
+            if not same and self._backends.scales(name, variant.name):
+                raise invalid(
+                    f"Variant {variant.name} of endpoint {name} is a scalable target: deregister it before it "
+                    f"is removed or its instance type changes."
+                )
 
     def _launch(self, work: Callable[[Endpoint], None], endpoint: Endpoint) -> None:
         self._changed(endpoint.describe())

@@ -78,13 +78,21 @@ class Production:
         self.aws.put(f"verified/{arn.rsplit('/', 1)[-1]}/package.json", {"model_package_arn": arn})
         return str(arn)
 
-    def start(self, arn: str, endpoint: str, strategy: str = "all_at_once", bake_seconds: int = 0) -> str:
+    def start(
+        self,
+        arn: str,
+        endpoint: str,
+        strategy: str = "all_at_once",
+        bake_seconds: int = 0,
+        machine: str = "ml.c7i.xlarge",
+    ) -> str:
         """Start the pipeline of a strategy; the execution's ARN."""
         return self.aws.start(
             self._pipeline(strategy, bake_seconds),
             ModelPackageArn=arn,
             ProductionEndpointName=endpoint,
             EndpointInstanceCount=str(INSTANCES),
+            EndpointInstanceType=machine,
             Verified=f"s3://{BUCKET}/verified/{arn.rsplit('/', 1)[-1]}/",
         )
 
@@ -369,6 +377,22 @@ def test_production_is_captured_and_scales_and_an_update_keeps_its_instances(
     assert scaling.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[resource])[
         "ScalableTargets"
     ]
+
+
+def test_a_scaled_endpoint_moves_to_another_machine(production: Production, live: str) -> None:
+    """Refused while the variant is a scalable target: the step takes the target away and gives it back."""
+    aws = production.aws
+    version = production.version(f"{live}-new")
+    assert production.deploy(version, live, strategy="observed")["action"] == "updated"
+    other = model(aws, f"{live}-other")  # on ml.m5.large
+    with pytest.raises(ClientError, match="is a scalable target: deregister it"):
+        aws.sagemaker.update_endpoint(EndpointName=live, EndpointConfigName=other)
+    moved = production.deploy(version, live, strategy="observed", machine="ml.c7i.4xlarge")
+    assert (moved["action"], moved["instance_type"]) == ("updated", "ml.c7i.4xlarge")
+    targets = aws.client("application-autoscaling").describe_scalable_targets(
+        ServiceNamespace="sagemaker", ResourceIds=[f"endpoint/{live}/variant/AllTraffic"]
+    )
+    assert len(targets["ScalableTargets"]) == 1
 
 
 def test_a_failed_update_goes_on_scaling(production: Production, live: str) -> None:
