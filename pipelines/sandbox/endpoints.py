@@ -134,15 +134,15 @@ class Endpoints:
         return {"EndpointArn": endpoint.record["EndpointArn"]}
 
     def _refuse_while_scaling(self, endpoint: Endpoint, config: dict[str, Any]) -> None:
-        """The machine may not change: docs.aws.amazon.com/sagemaker/latest/dg/endpoint-scaling-update.html."""
+        """The machine must stay: docs.aws.amazon.com/sagemaker/latest/dg/endpoint-scaling-update.html."""
         name = endpoint.record["EndpointName"]
         types = {one["VariantName"]: one["InstanceType"] for one in config["ProductionVariants"]}
         for variant in endpoint.fleet.variants if endpoint.fleet else ():
             same = types.get(variant.name) == variant.config["InstanceType"]
             if not same and self._backends.scales(name, variant.name):
                 raise invalid(
-                    f"Variant {variant.name} of endpoint {name} is a scalable target: deregister it before it "
-                    f"is removed or its instance type changes."
+                    f"Variant {variant.name} of endpoint {name} is a scalable target: deregister it before "
+                    f"it is removed or its instance type changes."
                 )
 
     def _launch(self, work: Callable[[Endpoint], None], endpoint: Endpoint) -> None:
