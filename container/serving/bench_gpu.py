@@ -115,7 +115,7 @@ def our_engine(plan: Plan, backend: str) -> Iterator[Timing]:
     config = ModelConfig.from_dict(V2_LITE)
     limit = max(plan.contexts) + 4 * plan.steps
     batch = max(plan.batches)
-    options = Options(max_batch=batch, max_model_len=limit)
+    options = Options(max_batch=batch, max_model_len=limit, graph_sizes=tuple(plan.batches))
     kernels = Path(plan.kernel_dir) if plan.kernel_dir else None
     attention = DecodeAttention(backend, kernels, device, config, dtype, "bfloat16")
     model = Model(config, cast(Loader, RandomLoader(device, dtype)), limit)

@@ -17,7 +17,7 @@ from container.serving.batch import Batch, Span, make_batch
 from container.serving.cache import PAGE, LatentCache, PageAllocator, pages_that_fit
 from container.serving.checkpoint import ModelConfig, find_checkpoint, find_tokenizer
 from container.serving.fused import greedy
-from container.serving.graphs import DecodeGraphs, Started
+from container.serving.graphs import DecodeGraphs, Started, every_eighth
 from container.serving.model import Model
 from container.serving.sampler import Choice, choose
 from container.serving.scheduler import Planned, Scheduler
@@ -33,7 +33,8 @@ SCORE_ROWS = 256  # rows of one pass when a prompt is scored through the decode 
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes of an engine. cache_tokens None takes a share of memory, at most what the requests can use."""
+    """Sizes of an engine. cache_tokens None takes a share of memory, at most what the requests can use;
+    graph_sizes None captures the batch sizes 1, 2, 4 and every eighth up to max_batch."""
 
     max_batch: int = 64
     step_tokens: int = 512
@@ -41,6 +42,7 @@ class Options:
     cache_tokens: int | None = None
     num_threads: int | None = None
     cuda_graphs: bool = True
+    graph_sizes: tuple[int, ...] | None = None
 
 
 class Engine(BaseEngine):
@@ -60,7 +62,8 @@ class Engine(BaseEngine):
         self._flight: _Flight | None = None  # a step that was started and not finished
         if model.device.type == "cuda" and options.cuda_graphs:
             pages = -(-limit // PAGE)
-            self._graphs = DecodeGraphs(self._eager, options.max_batch, pages, model.device)
+            sizes = options.graph_sizes or every_eighth(options.max_batch)
+            self._graphs = DecodeGraphs(self._eager, sizes, pages, model.device)
 
     @classmethod
     def load(

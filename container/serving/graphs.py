@@ -111,6 +111,11 @@ class Started:
         return copy
 
 
+def every_eighth(max_batch: int) -> list[int]:
+    """Batch sizes worth a graph: 1, 2, 4, the multiples of 8, and the largest."""
+    return [n for n in (1, 2, 4, *range(8, max_batch, 8)) if n < max_batch] + [max_batch]
+
+
 class DecodeGraphs:
     """Replays `forward` for batches of decode rows only.
 
@@ -118,10 +123,15 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, forward: Callable[[Batch], Tensor], max_batch: int, max_pages: int, device: torch.device
+        self,
+        forward: Callable[[Batch], Tensor],
+        sizes: Sequence[int],
+        max_pages: int,
+        device: torch.device,
     ):
         self._forward = forward
-        self.sizes = [n for n in (1, 2, 4, *range(8, max_batch, 8)) if n < max_batch] + [max_batch]
+        self.sizes = sorted(sizes)
+        max_batch = self.sizes[-1]
         self._inputs = StepInputs(max_batch, max_pages, device)
         pinned = device.type == "cuda"
         self._out = [torch.empty(max_batch, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]

@@ -16,7 +16,7 @@ from container.serving.batch import Span
 from container.serving.cache import PAGE
 from container.serving.engine import Engine
 from container.serving.fused import greedy
-from container.serving.graphs import DecodeGraphs, StepInputs
+from container.serving.graphs import DecodeGraphs, StepInputs, every_eighth
 from container.serving.sequence import Sampling, State
 
 
@@ -45,7 +45,9 @@ def ahead(tiny_engine: Callable[..., Engine]) -> Callable[..., Engine]:
     def make(**options: Any) -> Engine:
         engine = tiny_engine(**options)
         pages = -(-engine.max_model_len // PAGE)
-        engine._graphs = Immediate(engine._eager, engine.options.max_batch, pages, torch.device("cpu"))
+        engine._graphs = Immediate(
+            engine._eager, every_eighth(engine.options.max_batch), pages, torch.device("cpu")
+        )
         return engine
 
     return make
