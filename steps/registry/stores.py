@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import tempfile
 import threading
@@ -17,6 +18,8 @@ from requests.adapters import HTTPAdapter
 
 from steps.job import StepError
 from steps.registry.remote import CHUNK, TIMEOUT, Body, ExpiredError, RemoteFile, Store, TransferError
+
+_MD5 = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 
 
 class RepositoryStore(Store):
@@ -296,11 +299,23 @@ def _span(answer: requests.Response) -> tuple[int, int | None]:
 
 
 def _md5(answer: requests.Response) -> str | None:
-    """S3's ETag is the MD5 of an object put in one part without a KMS key (S3 API reference, Object)."""
-    etag = answer.headers.get("ETag", "").strip('"')
-    on_s3 = "x-amz-request-id" in answer.headers
-    kms = answer.headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
-    return etag if on_s3 and not kms and re.fullmatch(r"[0-9a-f]{32}", etag) else None
+    """MD5 of the whole file in hexadecimal, where the store says it.
+
+    S3's ETag is the MD5 of an object put in one part without a KMS key (S3 API reference, Object). Azure's
+    Content-MD5 is about the whole blob when all of it is read, x-ms-blob-content-md5 always (Get Blob);
+    Google's x-goog-hash is about the whole object (XML API, reference headers).
+    """
+    headers = answer.headers
+    etag = headers.get("ETag", "").strip('"')
+    kms = headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
+    if "x-amz-request-id" in headers and not kms and re.fullmatch(r"[0-9a-f]{32}", etag):
+        return etag
+    given = headers.get("x-ms-blob-content-md5") or (
+        headers.get("Content-MD5") if answer.status_code == 200 else None
+    )
+    if match := re.search(rf"\bmd5=({_MD5.pattern})", headers.get("x-goog-hash", "")):
+        given = match[1]
+    return base64.b64decode(given).hex() if given and _MD5.fullmatch(given) else None
 
 
 def _host(url: str) -> str:

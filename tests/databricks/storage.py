@@ -91,7 +91,7 @@ def signed(request: Any, name: str) -> Any:
 
 
 def send_file(request: Any, file: Path, headers: dict[str, str] | None = None) -> None:
-    """The file, or the range asked for, with an ETag; faults may cut it or shorten it."""
+    """The file, or the range asked for, with an ETag; faults may cut it, shorten it, add headers."""
     if not file.is_file():
         raise Refusal(404, "NOT_FOUND", f"No such file: {file.name}")
     fault, size = request.fault, file.stat().st_size
@@ -103,7 +103,7 @@ def send_file(request: Any, file: Path, headers: dict[str, str] | None = None) -
         end = min(size, int(match[2]) + 1) if match[2] else size
     head = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
     head["ETag"] = f'"{file.stat().st_mtime_ns:x}-{file.stat().st_size:x}"'
-    head |= headers or {}
+    head |= (headers or {}) | (fault.headers if fault else {})
     if status == 206:
         head["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     request.send_head(status, head, end - start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,29 @@ def test_a_file_shorter_than_listed(weights: str, workspace: Workspace, pull: Pu
     """A truncation that HTTP does not notice: the answer is consistent, the listing says more."""
     workspace.fail(weights, short=1000, times=99)
     failed(pull(), "model.safetensors", "in its listing")
+
+
+CHECKSUMS = {"azure": "x-ms-blob-content-md5", "google": "x-goog-hash", "whole": "Content-MD5"}
+
+
+@pytest.mark.parametrize("store", CHECKSUMS)
+def test_a_checksum_in_a_header_is_checked(
+    store: str, workspace: Workspace, folder: Path, pull: Pull
+) -> None:
+    """Content-MD5 of a part says nothing about the file, so there the small file is the one to look at."""
+    name = "config.json" if store == "whole" else "model.safetensors"
+    content = (folder / "artifacts" / "checkpoint" / name).read_bytes()
+    prefix = "crc32c=AAAAAA==,md5=" if store == "google" else ""
+
+    def give(data: bytes) -> None:
+        md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
+        workspace.faults.clear()
+        workspace.fail(f"GET .*{name}", times=99, headers={CHECKSUMS[store]: prefix + md5})
+
+    give(b"another")
+    failed(pull(), f"{name} has the MD5", "Register the model again")
+    give(content)
+    check(pull(), folder)
 
 
 def test_credentials_refused_again_and_again(weights: str, workspace: Workspace, pull: Pull) -> None:
