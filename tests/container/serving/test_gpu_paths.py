@@ -21,16 +21,20 @@ pytestmark = [
 CONTEXT = 100
 
 
-@pytest.mark.parametrize("rows", [1, 2, 64])
+@pytest.mark.parametrize("rows", [1, 2, 64, 0])
 def test_kernels_against_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rows` sequences decode a token each; 0 stands for a prompt of 600 tokens."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     config = ModelConfig.from_dict({**V2_LITE, "num_hidden_layers": 3, "vocab_size": 1000})
     torch.manual_seed(0)
     attention = DecodeAttention("triton", None, device, config, dtype, "bfloat16")
-    lite = Model(config, cast(Loader, RandomLoader(device, dtype)), 512)
-    cache = LatentCache(config.num_hidden_layers, 2 * rows, attention, device)
+    lite = Model(config, cast(Loader, RandomLoader(device, dtype)), 1024)
+    cache = LatentCache(config.num_hidden_layers, max(2 * rows, 10), attention, device)
     cache.fill_random()
     spans = [Span([7 * row], CONTEXT, [2 * row + 1, 2 * row + 2]) for row in range(rows)]
+    if not rows:
+        prompt = torch.randint(1000, (600,), generator=torch.Generator().manual_seed(1))
+        spans = [Span(prompt.tolist(), 0, list(range(1, 11)))]
     got = lite(make_batch(spans, device, None), cache)
     monkeypatch.setattr(fused, "TRITON_DEVICES", [])
     expected = lite(make_batch(spans, device, None), cache)
