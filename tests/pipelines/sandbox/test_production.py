@@ -256,17 +256,19 @@ def test_a_rolled_back_update_is_not_repeated_by_the_second_event(production: Pr
     version = production.version(f"{live}-new")
     executions = [production.start(version, live, "linear", 30) for _ in range(2)]
     wait_for_phase(production.aws, live, "Baking")
-    jobs = [production.aws.steps(one)["DeployProduction"] for one in executions]
-    eventually(lambda: all(waits(production.aws, one) for one in jobs), "both jobs wait")
+    eventually(lambda: all(waits(production.aws, one) for one in executions), "both jobs wait")
     production.ring("linear", 30)
     for execution in executions:
         assert "was rolled back" in production.ended(execution)["failure"]
     assert who(production.aws, live) == f"{live}-old"
 
 
-def waits(aws: Aws, step: dict[str, Any]) -> bool:
-    """Whether a DeployProduction job has logged that it follows an update."""
-    job = step["Metadata"]["ProcessingJob"]["Arn"].rsplit("/", 1)[-1]
+def waits(aws: Aws, execution: str) -> bool:
+    """Whether the execution's DeployProduction job has logged that it follows an update."""
+    metadata = aws.steps(execution).get("DeployProduction", {}).get("Metadata")
+    if not metadata:
+        return False
+    job = metadata["ProcessingJob"]["Arn"].rsplit("/", 1)[-1]
     try:
         events = aws.client("logs").filter_log_events(
             logGroupName="/aws/sagemaker/ProcessingJobs", logStreamNamePrefix=f"{job}/"
@@ -278,23 +280,22 @@ def waits(aws: Aws, step: dict[str, Any]) -> bool:
 
 def test_an_update_in_progress_is_awaited(production: Production, live: str) -> None:
     aws, other = production.aws, model(production.aws, f"{live}-other")
-    begin_another_update(aws, live, other)
+    begin_another_update(aws, live, other, 3)
     done = production.deploy(production.version(f"{live}-new"), live, strategy="linear", bake_seconds=1)
     assert (done["action"], done["previous_endpoint_config_name"]) == ("updated", other)
     assert who(aws, live) == f"{live}-new"
 
 
 def test_a_version_rejected_while_it_waited_is_not_deployed(production: Production, live: str) -> None:
-    aws, other = production.aws, model(production.aws, f"{live}-other")
-    version = production.version(f"{live}-new")
-    begin_another_update(aws, live, other, wait=8)
+    aws, version = production.aws, production.version(f"{live}-new")
+    alarm(aws, live)  # ends the other update when the test says so
+    begin_another_update(aws, live, model(aws, f"{live}-other"), 3600, live)
     execution = production.start(version, live, "rolling", 1)
-    eventually(lambda: "DeployProduction" in aws.steps(execution), "the step started")
-    step = lambda: aws.steps(execution)["DeployProduction"]  # noqa: E731
-    eventually(lambda: "Metadata" in step() and waits(aws, step()), "the job waits")
+    eventually(lambda: waits(aws, execution), "the job waits")
     aws.sagemaker.update_model_package(ModelPackageArn=version, ModelApprovalStatus="Rejected")
+    aws.client("cloudwatch").set_alarm_state(AlarmName=live, StateValue="ALARM", StateReason="test")
     assert "is Rejected, not Approved" in production.ended(execution)["failure"]
-    assert settle(aws, live)["EndpointConfigName"] == other
+    assert settle(aws, live)["EndpointConfigName"] == f"{live}-first"
 
 
 def test_a_rejected_version_is_not_deployed(production: Production, live: str) -> None:
@@ -302,14 +303,13 @@ def test_a_rejected_version_is_not_deployed(production: Production, live: str) -
     assert "is Rejected, not Approved" in production.deploy(version, live)["failure"]
 
 
-def begin_another_update(aws: Aws, endpoint: str, config: str, wait: int = 3) -> None:
+def begin_another_update(aws: Aws, endpoint: str, config: str, wait: int, *alarms: str) -> None:
     """As a person's UpdateEndpoint; it bakes for `wait` seconds."""
     routing = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": wait}
-    aws.sagemaker.update_endpoint(
-        EndpointName=endpoint,
-        EndpointConfigName=config,
-        DeploymentConfig={"BlueGreenUpdatePolicy": {"TrafficRoutingConfiguration": routing}},
-    )
+    how: dict[str, Any] = {"BlueGreenUpdatePolicy": {"TrafficRoutingConfiguration": routing}}
+    if alarms:
+        how["AutoRollbackConfiguration"] = {"Alarms": [{"AlarmName": name} for name in alarms]}
+    aws.sagemaker.update_endpoint(EndpointName=endpoint, EndpointConfigName=config, DeploymentConfig=how)
 
 
 @pytest.mark.parametrize("strategy", STEPWISE)
