@@ -212,9 +212,13 @@ def train(
 ) -> None:
     """Trains on random windows of `data` (int64 token ids) with AdamW and one cosine cycle.
 
+    What each layer adds begins at zero: in so few steps, untrained layers' noise costs a tenth of the loss.
     Calls on_step(step, loss in nats a token, tokens a second) after every step.
     """
     generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(weight)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
