@@ -16,8 +16,8 @@ from steps.job import Job, StepError, run
 from steps.registry.access import connect, resolve
 from steps.registry.download import download
 from steps.registry.errors import explained
-from steps.registry.partial import Progress
 from steps.registry.paths import check_paths
+from steps.registry.progress import Progress
 from steps.registry.provenance import describe_model, provenance, read_mlmodel
 from steps.registry.requirements import check as check_requirements
 from steps.registry.requirements import table

@@ -20,7 +20,7 @@ from typing import Any
 import requests
 
 from steps.registry.download import PART_BYTES, download
-from steps.registry.partial import Progress
+from steps.registry.progress import Progress
 from steps.registry.remote import CHUNK, RemoteFile
 from steps.registry.stores import HttpStore, Location
 

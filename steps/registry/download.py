@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steps.job import StepError
-from steps.registry.partial import Downloaded, PartialFile, Progress, size_text
+from steps.registry.partial import Downloaded, PartialFile
+from steps.registry.progress import Progress, size_text
 from steps.registry.remote import ExpiredError, RemoteFile, Store, TransferError
 from steps.registry.waiting import Memory
 

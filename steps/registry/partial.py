@@ -9,11 +9,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from steps.job import StepError
+from steps.registry.progress import Progress, size_text
 from steps.registry.remote import CHUNK, RemoteFile, Store, TransferError
 from steps.registry.waiting import Memory, Waiting
 
@@ -32,33 +32,6 @@ class Downloaded:
     bytes: int
     sha256: str
     etag: str
-
-
-@dataclass
-class Progress:
-    """Bytes so far, for the log: every few seconds the amount, the share and the rate since the last line."""
-
-    total: int
-    seconds: float = 5.0
-    report: Callable[[str], None] = lambda line: log.info("%s", line)
-    done: int = 0
-    fetched: int = 0  # bytes that came over the network in this process; resumed ones did not
-    _last: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, count: int, fetched: bool = True) -> None:
-        with self._lock:
-            self.done += count
-            self.fetched += count if fetched else 0
-            now = time.monotonic()
-            elapsed = now - self._last[0]
-            if elapsed < self.seconds:
-                return
-            rate = (self.fetched - self._last[1]) / elapsed
-            self._last = (now, self.fetched)
-            share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
-            line = f"downloaded {size_text(self.done)} of {size_text(self.total)}{share}, {size_text(rate)}/s"
-        self.report(line)
 
 
 class PartialFile:
@@ -317,12 +290,3 @@ class PartialFile:
 
     def _differs(self, what: str) -> StepError:
         return StepError(f"{self.path} has {what}.", "Register the model again, then start the step again.")
-
-
-def size_text(count: float) -> str:
-    """Bytes for a person, in powers of 1000 as storage and networks count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from steps.job import StepError
 from steps.registry import download as downloader
 from steps.registry.download import download
-from steps.registry.partial import Downloaded, Progress
+from steps.registry.partial import Downloaded
 from steps.registry.paths import check_paths
+from steps.registry.progress import Progress
 from steps.registry.remote import Body, RemoteFile, Store, TransferError
 from steps.registry.waiting import Memory, Waiting
 
