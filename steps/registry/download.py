@@ -2,8 +2,8 @@
 
 Each file is cut into parts; a few threads fetch parts by HTTP range and write them at their offset into one
 `.part` file, whose finished spans a small `.json` file beside it records. A broken transfer goes on where it
-broke. A hash thread follows the finished prefix, mostly from memory (waiting.py), so that hashing costs no
-second pass. A file gets its name only when its size and, where the store gives one, its checksum agree.
+broke. A hash thread follows the finished prefix, so that hashing costs no second pass. A file gets its name
+only when its size and, where the store gives one, its checksum agree.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from steps.job import StepError
 from steps.registry.partial import Downloaded, PartialFile
 from steps.registry.progress import Progress, size_text
 from steps.registry.remote import ExpiredError, RemoteFile, Store, TransferError
-from steps.registry.waiting import Memory
 
 log = logging.getLogger("steps.download")
 
-PART_BYTES = 16 << 20  # Amazon's advice for ranges: 8 to 16 MB ("Performance design patterns for Amazon S3")
+PART_BYTES = 16 << 20  # typical ranges are 8 or 16 MB (AWS, "Optimizing Amazon S3 Performance")
 ATTEMPTS = 6  # of one part without a byte of progress
-WAITING_BYTES = 96 << 20  # in memory until hashed, of all files together
 _NICER = 10  # by so much a receiving thread yields to a hashing one
 _SPACE_RESERVE = 256 << 20  # bytes left free on the disk
 
@@ -50,7 +48,7 @@ def download(
         store: the remote folder.
         files: what to fetch; paths already checked by paths.check_paths.
         destination: an existing folder; it holds complete files only when this returns.
-        workers: transfers at a time; each holds one chunk (1 MiB) in memory, beside WAITING_BYTES for all.
+        workers: transfers at a time; each holds one chunk (1 MiB) in memory.
         part_bytes: bytes of one range request; default PART_BYTES.
         resume_dir: where unfinished files wait for another process; default a folder within `destination`.
         progress: counts bytes; default one that logs.
@@ -69,10 +67,7 @@ def download(
     progress = progress or Progress(known)
     part_bytes = part_bytes or PART_BYTES
     durable = resume_dir is not None
-    memory = Memory(WAITING_BYTES)
-    tasks = [
-        PartialFile(file, destination, work, store, part_bytes, progress, durable, memory) for file in files
-    ]
+    tasks = [PartialFile(file, destination, work, store, part_bytes, progress, durable) for file in files]
     for task in tasks:
         task.check_restored()
     _check_space(work, known - progress.done)

@@ -15,12 +15,11 @@ from pathlib import Path
 from steps.job import StepError
 from steps.registry.progress import Progress, size_text
 from steps.registry.remote import CHUNK, RemoteFile, Store, TransferError
-from steps.registry.waiting import Memory, Waiting
 
 log = logging.getLogger("steps.download")
 
 _STATE_SECONDS = 1.0
-# read back and hashed at a time; larger than CHUNK, as every piece is a turn at Python's lock
+# read and hashed at a time; larger than CHUNK, as every piece is a turn at Python's lock
 _HASH_BYTES = 4 << 20
 
 
@@ -46,7 +45,6 @@ class PartialFile:
         part_bytes: int,
         progress: Progress,
         durable: bool,
-        memory: Memory,
     ) -> None:
         self.path, self._size = remote.path, remote.bytes
         self._final = destination / remote.path
@@ -66,7 +64,6 @@ class PartialFile:
         self._changes = 0
         self._changed = threading.Condition(threading.RLock())
         self._saved = time.monotonic()
-        self._waiting = Waiting(memory)
         self._digest: str | None = None
         self._md5_digest: str | None = None
         self._opened: int | None = None
@@ -146,7 +143,7 @@ class PartialFile:
                     position, changes = 0, self._changes
                     continue
             while position < ready:
-                data = self._unhashed(position, ready)
+                data = os.pread(self._descriptor, min(_HASH_BYTES, ready - position), position)
                 digest.update(data)
                 if self._md5:  # known since the first answer
                     md5.update(data)
@@ -204,18 +201,8 @@ class PartialFile:
             self._at = list(self._starts)
             self._etag, self._md5 = "", None
             self._changes += 1
-            self._waiting.clear()
             self._state_file.unlink(missing_ok=True)
             self._changed.notify_all()
-
-    def _unhashed(self, position: int, ready: int) -> bytes:
-        """Some bytes from `position` on, before `ready`: from memory, or else read back."""
-        with self._changed:
-            chunk = self._waiting.pop(position)
-            if chunk is not None:
-                return chunk
-            count = min(_HASH_BYTES, self._waiting.gap(position, ready))
-        return os.pread(self._descriptor, count, position)
 
     @property
     def _descriptor(self) -> int:
@@ -274,8 +261,6 @@ class PartialFile:
             view, position = view[written:], position + written
         with self._changed:
             self._at[part] = position
-            if self.parallel:
-                self._waiting.put(position - len(chunk), chunk)
             self._changed.notify_all()
         self._progress.add(len(chunk))
 

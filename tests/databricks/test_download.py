@@ -21,7 +21,6 @@ from steps.registry.partial import Downloaded
 from steps.registry.paths import check_paths
 from steps.registry.progress import Progress
 from steps.registry.remote import Body, RemoteFile, Store, TransferError
-from steps.registry.waiting import Memory, Waiting
 
 PART = 4 << 20
 
@@ -129,31 +128,6 @@ def test_remains_of_another_content_are_not_used(what: str, tmp_path: Path, monk
             state.write_text("{")
     fetch(store, tmp_path / "second", workers=1, resume_dir=resume)
     assert (tmp_path / "second" / "w").read_bytes() == content
-
-
-@pytest.mark.parametrize("limit", [0, 3 << 20, 1 << 30])
-def test_memory_for_hashing_changes_nothing_but_speed(limit: int, tmp_path: Path, monkeypatch) -> None:
-    """What the memory cannot hold is read back; with broken transfers and two files on it at a time."""
-    monkeypatch.setattr(downloader, "WAITING_BYTES", limit)
-    files = {"v": data(3 * PART + 5, 1), "w": data(2 * PART, 2)}
-    store = FakeStore(files)
-    store.break_after = [0, 3 << 20, (1 << 20) + 7]
-    for result, content in zip(fetch(store, tmp_path / "out", workers=3), files.values(), strict=True):
-        assert result.sha256 == hashlib.sha256(content).hexdigest()
-
-
-def test_waiting_chunks_stay_within_the_memory() -> None:
-    memory = Memory(10)
-    one, other = Waiting(memory), Waiting(memory)
-    one.put(0, b"123456")
-    one.put(6, b"12345")
-    other.put(20, b"1234")
-    assert (one.gap(-1, 50), one.pop(6), other.gap(10, 50)) == (1, None, 10)
-    assert one.pop(0) == b"123456"
-    one.put(6, b"12345")
-    assert one.pop(6) == b"12345"
-    other.clear()
-    assert memory.take(10)
 
 
 def test_a_checksum_of_the_store_is_compared(tmp_path: Path) -> None:
