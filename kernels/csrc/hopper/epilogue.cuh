@@ -113,11 +113,11 @@ __device__ __forceinline__ void store_partial(const Params& params, int cta, int
   }
 }
 
-// Items without tokens: output 0, lse +inf. 256 threads.
-template <typename T>
+// Items without tokens: output 0, lse +inf.
+template <typename T, int kThreads = 256>
 __device__ __forceinline__ void store_empty_item(const Params& params, const RowTable& table, int item, int thread) {
 #pragma unroll 1
-  for (int index = thread; index < kTileRows * (kLatent / 8); index += 256) {
+  for (int index = thread; index < kTileRows * (kLatent / 8); index += kThreads) {
     const int row = index / (kLatent / 8);
     const int column = index % (kLatent / 8);
     const int64_t offset = table.out[row];

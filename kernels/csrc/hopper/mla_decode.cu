@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "decode.cuh"
+#include "ring_kernel.cuh"
 #include "narrow.cuh"
 
 namespace {
@@ -241,6 +242,11 @@ Variant wide() {
   return {mla_decode_kernel<T, L>, L::kThreads, L::kRequest, kTileTokens};
 }
 
+template <typename T>
+Variant ring() {
+  return {mla_decode_ring_kernel<T>, RingLayout::kThreads, RingLayout::kBytes, kTileTokens};
+}
+
 template <typename Operands>
 Variant narrow() {
   return {mla_decode_narrow_kernel<Operands>, Operands::L::kThreads, Operands::L::kRequest, Operands::kStepTokens};
@@ -250,9 +256,9 @@ Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
   const bool few_rows = row_groups == 1;
   if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout<true>>();
   if (q_dtype == MLA_DTYPE_BFLOAT16) {
-    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : wide<__nv_bfloat16, Layout<false>>();
+    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : ring<__nv_bfloat16>();
   }
-  return few_rows ? narrow<Narrow16bit<__half>>() : wide<__half, Layout<false>>();
+  return few_rows ? narrow<Narrow16bit<__half>>() : ring<__half>();
 }
 
 Params kernel_params(const mla_decode_params& p, int ctas) {

@@ -56,6 +56,19 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 }
 #endif
 
+// Whether it has.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
@@ -97,6 +110,13 @@ __device__ __forceinline__ void load_fragments(uint32_t (&fragment)[4][4], uint3
   for (int k = 0; k < 4; ++k) load_fragment(fragment[k], address ^ (k << 5));
 }
 
+// The inverse of load_fragment.
+__device__ __forceinline__ void store_fragment(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
 // Makes this thread's ordinary shared-memory writes visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
@@ -121,6 +141,22 @@ __device__ __forceinline__ int lane_index() {
   int index;
   asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(index));
   return index;
+}
+
+// The same for threadIdx.x.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
+  return index;
+}
+
+// Four bytes of shared memory by their 32-bit address: a generic pointer takes two registers.
+template <typename T>
+__device__ __forceinline__ T load_shared(uint32_t address) {
+  static_assert(sizeof(T) == 4, "one register");
+  uint32_t bits;
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(bits) : "r"(address) : "memory");
+  return reinterpret_cast<const T&>(bits);
 }
 
 template <int kRegisters>

@@ -1,0 +1,78 @@
+// The ring's producers: bulk tensor copies of query rows and cache tiles. One warp each for the ring and for the query
+// slabs that stay in shared memory, so that neither waits for the other's room.
+#ifndef MLA_HOPPER_RING_FEED_CUH_
+#define MLA_HOPPER_RING_FEED_CUH_
+
+#include "ring.cuh"
+#include "schedule.cuh"
+
+namespace mla_hopper {
+
+// Waits for the next place of the ring and fills it with two slabs, from column `column` on, of rows `y` and on of page or
+// item `z`; `bytes` is what a slab has of them.
+__device__ __forceinline__ void feed_piece(const CUtensorMap* map, const RingBarriers& barriers, RingPosition& position,
+                                           uint32_t base, int column, int y, int z, int bytes, uint64_t policy, int lane) {
+  const uint32_t full = barriers.full(position.slot);
+  mbarrier_wait(barriers.empty(position.slot), position.parity ^ 1);
+  if (lane == 0) mbarrier_expect(full, 2 * bytes);
+  __syncwarp();
+  if (lane < 2) {
+    tensor_copy(position.address(base) + lane * kSlabBytes, map, full, column + lane * kColumns, y, z, policy);
+  }
+  position.advance(1);
+}
+
+__device__ __forceinline__ void feed_ring(const Params& params, const CUtensorMap* query_map, const CUtensorMap* cache_map,
+                                          Schedule& schedule, const RingBarriers& barriers, uint32_t base, int m_tile,
+                                          int lane) {
+  const uint64_t policy = schedule.cache_policy();
+  RingPosition position;
+  uint32_t rope_parity = 1;
+  Work work;
+  while (schedule.next(work)) {
+    const int32_t* pages = params.block_table + work.item * params.block_table_stride;
+    int mine = work.first + lane < work.last ? pages[work.first + lane] : 0;  // one of 32 tiles' pages
+#pragma unroll 1
+    for (int pair = 0; pair < RingLayout::kHeldPairs; ++pair) {
+      feed_piece(query_map, barriers, position, base, pair_slab(pair) * kColumns, m_tile * kTileRows, work.item,
+                 params.row_groups * 16 * 128, kKeepInL2, lane);
+    }
+#pragma unroll 1
+    for (int t = work.first; t < work.last; ++t) {
+      const int within = (t - work.first) & 31;
+      if (within == 0 && t > work.first) mine = t + lane < work.last ? pages[t + lane] : 0;
+      const int page = __shfl_sync(kAllLanes, mine, within);
+#pragma unroll 1
+      for (int pair = 0; pair < kTilePairs; ++pair) {
+        feed_piece(cache_map, barriers, position, base, pair_slab(pair) * kColumns, 0, page, kSlabBytes, policy, lane);
+      }
+      mbarrier_wait(barriers.rope_empty(), rope_parity);
+      rope_parity ^= 1;
+      if (lane == 0) {
+        mbarrier_expect(barriers.rope_full(), kSlabBytes);
+        tensor_copy(base + RingLayout::kRope, cache_map, barriers.rope_full(), kLatent, 0, page, policy);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void feed_queries(const Params& params, const CUtensorMap* map, Schedule& schedule,
+                                             const RingBarriers& barriers, uint32_t base, int m_tile, int lane) {
+  const int slab = lane == 0 ? kSlabs - 1 : pair_slab(RingLayout::kHeldPairs + (lane - 1) / 2) + ((lane - 1) & 1);
+  Work work;
+  uint32_t parity = 1;
+  while (schedule.next(work)) {
+    mbarrier_wait(barriers.query_empty(), parity);
+    parity ^= 1;
+    if (lane == 0) mbarrier_expect(barriers.query_full(), RingLayout::kQuerySlabs * params.row_groups * 16 * 128);
+    __syncwarp();
+    if (lane < RingLayout::kQuerySlabs) {
+      tensor_copy(base + RingLayout::kQuery + lane * kSlabBytes, map, barriers.query_full(), slab * kColumns,
+                  m_tile * kTileRows, work.item, kKeepInL2);
+    }
+  }
+}
+
+}  // namespace mla_hopper
+
+#endif  // MLA_HOPPER_RING_FEED_CUH_
