@@ -29,7 +29,7 @@ template <typename L>
 __device__ __forceinline__ void init_barriers(const Barriers<L>& barriers) {
   for (int stage = 0; stage < L::kStages; ++stage) {
     for (int piece = 0; piece < kPieces; ++piece) {
-      mbarrier_init(barriers.full(stage, piece), L::kFp8 ? L::kUnpackers / 32 : 1);  // warps that unpack, or the copy engine
+      mbarrier_init(barriers.full(stage, piece), L::kUnpackers / 32);
       mbarrier_init(barriers.empty(stage, piece), 4);  // warps of the last reader
     }
   }

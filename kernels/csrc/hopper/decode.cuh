@@ -1,10 +1,10 @@
-// The MLA decode kernel for sm_90a and more than 16 query rows (narrow.cuh is for fewer): one launch, one CTA on every
-// multiprocessor.
+// The MLA decode kernel for sm_90a, an fp8 cache and more than 16 query rows (narrow.cuh is for fewer, ring_kernel.cuh for
+// a 16-bit cache): one launch, one CTA on every multiprocessor.
 //
 // A CTA holds 64 query rows (rows = queries x heads) in shared memory and streams 64-token tiles of the latent cache
-// through two 72 KB stages, each read once from memory and used twice: as keys (576 wide, K-major) and as values (512
-// wide, MN-major). Warpgroup 0 turns scores into softmax weights, warpgroups 1 and 2 accumulate output columns 0..255 and
-// 256..511 with them, while warpgroup 0 is at the next tile; warpgroup 3 feeds the stages.
+// through a ring of raw tokens and one 72 KB stage of 16-bit values, each read once from memory and used twice: as keys
+// (576 wide, K-major) and as values (512 wide, MN-major). Warpgroup 0 turns scores into softmax weights, warpgroups 1 and 2
+// accumulate output columns 0..255 and 256..511 with them, while warpgroup 0 is at the next tile; warpgroup 3 unpacks.
 #ifndef MLA_HOPPER_DECODE_CUH_
 #define MLA_HOPPER_DECODE_CUH_
 
@@ -38,28 +38,17 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
   } else if (warp == 12) {
     prefetch_block_table(params, lane);
   } else if (warp == 13) {
-    if (lane == 0) prefetch_tensor_map(&cache_map);
-    if (lane == 1) prefetch_tensor_map(&query_map);
+    if (lane == 0) prefetch_tensor_map(&query_map);
   }
   __syncthreads();
 
   const int cta = blockIdx.x;
   if (warp >= 12) {
-    shrink_registers<L::kFp8 ? 88 : 32>();
-    if (L::kFp8 || warp < 14) {
-      const int group = cta / params.m_tiles;
-      const int m_tile = cta - group * params.m_tiles;
-      Schedule schedule(params, group, lane);
-      if constexpr (L::kFp8) {
-        unpack_cache(params, schedule, barriers, smem, base, threadIdx.x - 384);
-      } else if (warp == 12) {
-        load_cache(params, &cache_map, schedule, barriers, base + L::kCache, lane);
-      } else {
-        load_queries(params, &query_map, schedule, barriers, base + L::kQuery, m_tile, lane);
-      }
-    }
+    shrink_registers<88>();
+    Schedule schedule(params, cta / params.m_tiles, lane);
+    unpack_cache(params, schedule, barriers, smem, base, threadIdx.x - 384);
   } else if (warp < 4) {
-    shrink_registers<L::kFp8 ? 80 : 112>();
+    shrink_registers<80>();
     MLA_TRACE(1);
     const int group = cta / params.m_tiles;
     const int m_tile = cta - group * params.m_tiles;
@@ -67,7 +56,7 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
     MLA_TRACE(2);
     compute_weights<T, L>(params, &query_map, schedule, barriers, smem, base, cta, group, m_tile, threadIdx.x);
   } else {
-    grow_registers<L::kFp8 ? 168 : 184>();
+    grow_registers<168>();
     const int group = cta / params.m_tiles;
     const int m_tile = cta - group * params.m_tiles;
     Schedule schedule(params, group, lane);

@@ -1,4 +1,4 @@
-// The producer side for a 16-bit cache: bulk tensor copies of cache tiles and query rows.
+// Loads that more than one kernel has: the query rows of an item, and the block table's way to L2.
 #ifndef MLA_HOPPER_LOAD_CUH_
 #define MLA_HOPPER_LOAD_CUH_
 
@@ -6,41 +6,6 @@
 #include "schedule.cuh"
 
 namespace mla_hopper {
-
-// One warp feeds the cache tiles.
-template <typename L>
-__device__ __forceinline__ void load_cache(const Params& params, const CUtensorMap* map, Schedule& schedule,
-                                           const Barriers<L>& barriers, uint32_t cache, int lane) {
-  const uint64_t policy = schedule.cache_policy();
-  Work work;
-  uint32_t tile = 0;
-  while (schedule.next(work)) {
-    const int32_t* pages = params.block_table + work.item * params.block_table_stride;
-    for (int chunk = work.first; chunk < work.last; chunk += 32) {
-      const int mine = chunk + lane < work.last ? pages[chunk + lane] : 0;
-      const int count = min(32, work.last - chunk);
-#pragma unroll 1
-      for (int i = 0; i < count; ++i, ++tile) {
-        const int page = __shfl_sync(kAllLanes, mine, i);
-        const uint32_t stage = tile % L::kStages;
-        const uint32_t parity = (tile / L::kStages & 1) ^ 1;
-#pragma unroll 1
-        for (int piece = 0; piece < kPieces; ++piece) {
-          const int slab = first_slab(piece);
-          const int slabs = slab_count(piece);
-          mbarrier_wait(barriers.empty(stage, piece), parity);
-          if (tile == 0 && piece == 0) MLA_TRACE(20);
-          if (lane == 0) mbarrier_expect(barriers.full(stage, piece), slabs * kSlabBytes);
-          __syncwarp();
-          if (lane < slabs) {
-            tensor_copy(cache + stage * kTileBytes + (slab + lane) * kSlabBytes, map, barriers.full(stage, piece),
-                        (slab + lane) * kColumns, 0, page, policy);
-          }
-        }
-      }
-    }
-  }
-}
 
 // The query rows of one item. Rows past the last one are zeros or, in row groups that do not exist, whatever shared
 // memory held: they reach no output. One warp.
@@ -55,7 +20,7 @@ __device__ __forceinline__ void load_query(const Params& params, const CUtensorM
   }
 }
 
-// Another warp feeds the query rows.
+// One warp feeds the query rows of all items.
 template <typename L>
 __device__ __forceinline__ void load_queries(const Params& params, const CUtensorMap* map, Schedule& schedule,
                                              const Barriers<L>& barriers, uint32_t query, int m_tile, int lane) {

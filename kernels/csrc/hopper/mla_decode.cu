@@ -254,7 +254,7 @@ Variant narrow() {
 
 Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
   const bool few_rows = row_groups == 1;
-  if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout<true>>();
+  if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout>();
   if (q_dtype == MLA_DTYPE_BFLOAT16) {
     return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : ring<__nv_bfloat16>();
   }

@@ -35,19 +35,13 @@ constexpr int kTokenBytesFp8 = 656;   // 512 e4m3, 4 float32 scales, 64 bfloat16
 constexpr int kRawTokens = 16;        // tokens of one copy of raw fp8 cache
 constexpr int kRawBytes = kRawTokens * kTokenBytesFp8;
 
-// Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period). With an fp8 cache a ring of
-// raw tokens takes the place of the second stage.
-template <bool kIsFp8>
+// Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period), of the kernel for an fp8
+// cache and more than 16 query rows (decode.cuh).
 struct Layout {
-  static constexpr bool kFp8 = kIsFp8;
-  // Query slabs that warpgroup 0 keeps in registers, and whether the value warpgroups do so with the weights: shared
-  // memory's bandwidth is what the tensor cores wait for. Unpacking leaves no registers for it.
-  static constexpr int kHeld = kFp8 ? 0 : 2;
-  static constexpr bool kHoldWeights = !kFp8;
-  static constexpr int kUnpackers = kFp8 ? 128 : 0;                // threads that turn raw tokens into a stage
-  static constexpr int kThreads = 384 + (kFp8 ? kUnpackers : 128);  // warpgroups: scores, two of values, producers
-  static constexpr int kStages = kFp8 ? 1 : 2;
-  static constexpr int kRawSlots = kFp8 ? 7 : 0;
+  static constexpr int kUnpackers = 128;            // threads that turn raw tokens into a stage
+  static constexpr int kThreads = 384 + kUnpackers;  // warpgroups: scores, two of values, unpacking
+  static constexpr int kStages = 1;
+  static constexpr int kRawSlots = 7;
   static constexpr int kQuerySlabBytes = kTileRows * kColumns * 2;
   static constexpr int kQuery = 0;
   static constexpr int kCache = kQuery + kSlabs * kQuerySlabBytes;

@@ -19,10 +19,10 @@ __host__ __device__ constexpr int pair_slab(int pair) { return 4 * (pair & 1) + 
 // Byte offsets from a base aligned to 1024, the swizzle's period.
 struct RingLayout {
   static constexpr int kThreads = 512;  // warpgroups: scores, two of values, producers
-  // Registers a thread: of the 512 that four warpgroups share, wgmma's operands cannot use the first 24 of each.
+  // Registers a thread, of the 512 that four warpgroups share. The compiler keeps the first 24 from wgmma's operands.
   static constexpr int kScoreRegisters = 160;  // 32 scores, 96 of the query
   static constexpr int kValueRegisters = 160;  // 128 of the output
-  static constexpr int kProducerRegisters = 512 - kScoreRegisters - 2 * kValueRegisters;
+  static constexpr int kProducerRegisters = 512 - kScoreRegisters - 2 * kValueRegisters;  // more would never be granted
   // Pairs of query slabs that live in registers: shared memory's bandwidth is what the tensor cores wait for. What they
   // leave in shared memory makes the ring longer than the two tiles that are in use at any time.
   static constexpr int kHeldPairs = 3;

@@ -10,16 +10,9 @@
 
 namespace mla_hopper {
 
-// The order in which query slabs are kept in registers: that of their use.
-__host__ __device__ constexpr int held_index(int slab) { return slab == 8 ? 0 : slab + 1; }
-
-template <typename L>
-using HeldQuery = uint32_t[L::kHeld > 0 ? L::kHeld : 1][4][4];
-
 // D (+)= Q K^T over the slabs of one piece; the first piece starts D.
 template <typename T, typename L, int kPiece>
-__device__ __forceinline__ void compute_scores(float (&s)[32], const HeldQuery<L>& held, uint64_t query,
-                                               uint64_t cache) {
+__device__ __forceinline__ void compute_scores(float (&s)[32], uint64_t query, uint64_t cache) {
   constexpr int kFirst = first_slab(kPiece);
   wgmma_fence();
 #pragma unroll
@@ -27,11 +20,7 @@ __device__ __forceinline__ void compute_scores(float (&s)[32], const HeldQuery<L
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint64_t keys = cache + ((slab * kSlabBytes + k * 32) >> 4);
-      if (held_index(slab) < L::kHeld) {
-        Wgmma<T>::scores(s, held[held_index(slab) < L::kHeld ? held_index(slab) : 0][k], keys, kPiece > 0 || k > 0);
-      } else {
-        Wgmma<T>::scores(s, query + ((slab * L::kQuerySlabBytes + k * 32) >> 4), keys, kPiece > 0 || k > 0);
-      }
+      Wgmma<T>::scores(s, query + ((slab * L::kQuerySlabBytes + k * 32) >> 4), keys, kPiece > 0 || k > 0);
     }
   }
 }
@@ -61,19 +50,14 @@ __device__ __forceinline__ void compute_weights(const Params& params, const CUte
 
   float s[32];
   uint32_t p[4][4];
-  HeldQuery<L> held;
   Work work;
   uint32_t tile = 0;
   uint32_t items = 0;
   while (schedule.next(work)) {
     float maximum[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.f, 0.f};
-    if (L::kFp8 && warp == 0) load_query(params, query_map, barriers, base + L::kQuery, work.item, m_tile, lane);
+    if (warp == 0) load_query(params, query_map, barriers, base + L::kQuery, work.item, m_tile, lane);
     mbarrier_wait(barriers.query_full(), items & 1);
-#pragma unroll
-    for (int i = 0; i < L::kHeld; ++i) {
-      load_fragments(held[i], base + L::kQuery + (i == 0 ? 8 : i - 1) * L::kQuerySlabBytes, warp, lane);
-    }
     MLA_TRACE(3);
 #pragma unroll 1
     for (int t = work.first; t < work.last; ++t, ++tile) {
@@ -83,15 +67,15 @@ __device__ __forceinline__ void compute_weights(const Params& params, const CUte
       const uint64_t keys = matrix_descriptor(stage_address, 16, 1024);
       mbarrier_wait(barriers.full(stage, kPieceRope), parity);
       MLA_TRACE(4);
-      compute_scores<T, L, kPieceRope>(s, held, query, keys);
+      compute_scores<T, L, kPieceRope>(s, query, keys);
       mbarrier_wait(barriers.full(stage, 1), parity);
-      compute_scores<T, L, 1>(s, held, query, keys);
+      compute_scores<T, L, 1>(s, query, keys);
       mbarrier_wait(barriers.full(stage, 2), parity);
-      compute_scores<T, L, 2>(s, held, query, keys);
+      compute_scores<T, L, 2>(s, query, keys);
       mbarrier_wait(barriers.full(stage, 3), parity);
-      compute_scores<T, L, 3>(s, held, query, keys);
+      compute_scores<T, L, 3>(s, query, keys);
       mbarrier_wait(barriers.full(stage, 4), parity);
-      compute_scores<T, L, 4>(s, held, query, keys);
+      compute_scores<T, L, 4>(s, query, keys);
       wgmma_commit();
       wgmma_wait<0>();
       release(barriers, stage, kPieceRope, lane);
@@ -150,7 +134,7 @@ __device__ __forceinline__ void compute_weights(const Params& params, const CUte
         alpha_shared[row] = alpha[0];
         alpha_shared[row + 8] = alpha[1];
       }
-      if (!L::kHoldWeights) fence_async_proxy();
+      fence_async_proxy();
       named_arrive(kWeightsReady, 384);
       MLA_TRACE(7);
     }

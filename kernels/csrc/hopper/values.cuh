@@ -65,36 +65,26 @@ __device__ __forceinline__ void accumulate_values(const Params& params, Schedule
       const int used = work.length - t * kTileTokens;
       if (used < kTileTokens) clear_unused(smem + stage_offset, 4 * half, used, thread);
       named_sync(kWeightsReady, 384);
-      uint32_t p[4][4];
-      if constexpr (L::kHoldWeights) load_fragments(p, base + L::kWeights, warp, lane);
       const uint64_t weights = matrix_descriptor(base + L::kWeights, 16, 1024);
       const float low = alpha_shared[row], high = alpha_shared[row + 8];
-      if (L::kHoldWeights && t < work.last - 1) named_arrive(kWeightsFree, 384);
       if (t > work.first) rescale(o, low, high);
       const uint64_t values = matrix_descriptor(base + stage_offset + 4 * half * kSlabBytes, kSlabBytes, 1024);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if constexpr (L::kHoldWeights) {
-          Wgmma<T>::template values<0>(o, p[k], values + (k * 2048 >> 4), k > 0 || t > work.first);
-        } else {
-          Wgmma<T>::template values<0>(o, weights + (k * 32 >> 4), values + (k * 2048 >> 4), k > 0 || t > work.first);
-        }
+        Wgmma<T>::template values<0>(o, weights + (k * 32 >> 4), values + (k * 2048 >> 4), k > 0 || t > work.first);
       }
       wgmma_commit();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if constexpr (L::kHoldWeights) {
-          Wgmma<T>::template values<64>(o, p[k], values + ((2 * kSlabBytes + k * 2048) >> 4), k > 0 || t > work.first);
-        } else {
-          Wgmma<T>::template values<64>(o, weights + (k * 32 >> 4), values + ((2 * kSlabBytes + k * 2048) >> 4), k > 0 || t > work.first);
-        }
+        Wgmma<T>::template values<64>(o, weights + (k * 32 >> 4), values + ((2 * kSlabBytes + k * 2048) >> 4),
+                                      k > 0 || t > work.first);
       }
       wgmma_commit();
       wgmma_wait<1>();
       release(barriers, stage, piece_of_values(half, 0), lane);
       wgmma_wait<0>();
-      if (!L::kHoldWeights && t < work.last - 1) named_arrive(kWeightsFree, 384);
+      if (t < work.last - 1) named_arrive(kWeightsFree, 384);
       release(barriers, stage, piece_of_values(half, 1), lane);
     }
 
