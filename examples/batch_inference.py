@@ -67,7 +67,7 @@ def spark_udf(spark: Any, model_uri: str, **params: Any) -> Any:
     return mlflow.pyfunc.spark_udf(spark, model_uri, result_type="string", params=params)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     prompts = options.prompt or read_prompts(options.input)
     started = time.monotonic()
@@ -83,8 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         out.close()
     seconds = time.monotonic() - loaded
     print(f"loaded in {loaded - started:.1f} s; {count} completions in {seconds:.1f} s", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()  # no sys.exit(): a Databricks job may take SystemExit, even 0, for a failure

@@ -2,9 +2,9 @@
 
     python examples/train_and_log.py --registered-model-name mla-demo
 
-Where it goes is MLflow's business: MLFLOW_TRACKING_URI names a server here, or `databricks` in a notebook job
-(for Unity Catalog also MLFLOW_REGISTRY_URI=databricks-uc and a name of three parts). The text is Python's own
-documentation, which every installation has. On two cores it takes about 40 seconds.
+Where it goes is MLflow's business: MLFLOW_TRACKING_URI names a server here, or `databricks` in a Databricks
+job (for Unity Catalog also MLFLOW_REGISTRY_URI=databricks-uc and a name of three parts): see README.md.
+The text is Python's own documentation, which every installation has. On two cores it takes about 40 seconds.
 """
 
 import argparse
@@ -27,10 +27,12 @@ from mlflow.entities import Metric
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# A Databricks job executes the compiled text of this file: there is no __file__, but the code knows its path.
+sys.path.insert(0, str(Path(sys._getframe().f_code.co_filename).resolve().parent))
 from tiny_mla import END, TinyConfig, TinyMla, evaluate, save_checkpoint, train
 
 log = logging.getLogger("train_and_log")
+HERE = Path(sys.path[0])
 HELD_OUT_BYTES = 20_000
 EVALUATION_LENGTH = 256
 REPORT_STEPS = 20
@@ -138,7 +140,7 @@ def fit(options: argparse.Namespace, run_id: str) -> tuple[TinyMla, list[tuple[i
     return model, curve, held_out
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -147,7 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     on_databricks = mlflow.get_tracking_uri().startswith("databricks")
     mlflow.set_experiment(options.experiment_name or ("/Shared/mla-demo" if on_databricks else "mla-demo"))
-    with mlflow.start_run(run_name="train-mla-demo") as run, tempfile.TemporaryDirectory() as scratch:
+    # Autologging knows Lightning, Keras and others, but no plain torch loop: fit() logs that itself. It is
+    # set all the same because Databricks has it on in notebooks: a trainer in this loop's place would get a
+    # second model logged, a pickle, which the pipeline refuses. Automatic here is the machine's load.
+    mlflow.autolog(log_models=False, silent=True)
+    with (
+        mlflow.start_run(run_name="train-mla-demo", log_system_metrics=True) as run,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         started = time.monotonic()
         model, curve, held_out = fit(options, run.info.run_id)
         mlflow.log_metric("training_seconds", time.monotonic() - started)
@@ -160,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         text.write_text(documentation()[-HELD_OUT_BYTES:].decode(errors="ignore"), encoding="utf-8")
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).resolve().with_name("mla_pyfunc.py")),
+            python_model=str(HERE / "mla_pyfunc.py"),
             artifacts={"checkpoint": str(checkpoint), "evaluation": str(text)},
             signature=signature(),
             input_example=(pd.DataFrame({"prompt": [PROMPT]}), {"max_new_tokens": 16}),
@@ -181,8 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         alias,
         run.info.run_id,
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()  # no sys.exit(): a Databricks job may take SystemExit, even 0, for a failure

@@ -19,6 +19,16 @@ from tests.databricks.mlflow_server import server_url
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_and_log.py"
 FAST = ["--steps", "8", "--batch", "2", "--length", "64"]
+# As a Databricks job runs a Python file: its compiled text, without __file__; an exit, even 0, has failed.
+DATABRICKS = """
+import sys
+del sys.argv[0]
+try:
+    with open(sys.argv[0], "rb") as file:
+        exec(compile(file.read(), sys.argv[0], "exec"), {"__name__": "__main__"})
+except SystemExit as exit:
+    raise RuntimeError("the script called sys.exit") from exit
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +36,14 @@ def trained() -> str:
     """A server with one trained and registered model. Returns its URL."""
     server = server_url()
     uris = {"MLFLOW_TRACKING_URI": server, "MLFLOW_REGISTRY_URI": server}
-    env = {**os.environ, **uris, "PYTHONPATH": str(EXAMPLE.parents[1])}
+    often = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
+    env = {**os.environ, **uris, **often, "PYTHONPATH": str(EXAMPLE.parents[1])}
     run = subprocess.run(
-        [sys.executable, str(EXAMPLE), *FAST], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", DATABRICKS, str(EXAMPLE), *FAST],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     assert "Failed to validate" not in run.stderr
@@ -54,6 +69,16 @@ def test_the_run_has_parameters_and_a_loss_curve(trained: str) -> None:
     assert [m.step for m in losses] == list(range(8))
     assert losses[-1].value < losses[0].value
     assert {a.path for a in client.list_artifacts(version.run_id)} >= {"loss_curve.csv", "sample.txt"}
+
+
+@pytest.mark.slow
+def test_the_run_has_the_machines_load_and_one_model(trained: str) -> None:
+    client = MlflowClient(trained, trained)
+    version = client.get_model_version_by_alias("mla-demo", "champion")
+    metrics = client.get_run(version.run_id).data.metrics
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(metrics)
+    outputs = client.get_run(version.run_id).outputs.model_outputs
+    assert [client.get_logged_model(each.model_id).name for each in outputs] == ["model"]
 
 
 @pytest.mark.slow
