@@ -100,7 +100,7 @@ def get_backend(name: str, kernel_dir: Path | None = None) -> Backend:
     if name in COMPILED:
         from kernels.compiled import CompiledBackend
 
-        return CompiledBackend(compiled_package(name, kernel_dir))
+        return CompiledBackend(_package(name, kernel_dir))
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             raise BackendError("backend 'triton': package triton is not installed; install the triton extra")
@@ -114,8 +114,7 @@ def get_backend(name: str, kernel_dir: Path | None = None) -> Backend:
     raise BackendError(f"unknown backend {name!r}; known: {', '.join(NAMES)}")
 
 
-def compiled_package(name: str, kernel_dir: Path | None) -> KernelPackage:
-    """The package of a compiled target, and errors, as `get_backend` says."""
+def _package(name: str, kernel_dir: Path | None) -> KernelPackage:
     if kernel_dir is None:
         return build.cached_package(name)
     index = KernelIndex.load(kernel_dir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from kernels.arguments import Problem, check_arguments
 from kernels.package import DecodeParams, KernelPackage
-from kernels.workspace import Workspaces, aligned, zeroed
+from kernels.workspace import Workspaces
 
 ERROR_BYTES = 512
 INVALID_ARGUMENT = 1
@@ -90,46 +89,9 @@ class CompiledBackend:
             if len(local.plans) >= MAX_PLANS:
                 local.plans.clear()
             local.plans[key] = plan
-        stream = torch.cuda.current_stream(q.device).cuda_stream if self._on_gpu else None
-        workspace = local.workspaces.address(q.device, stream, plan.workspace_bytes)
-        return self._launch(plan, q, k_cache, block_table, cache_seqlens, workspace, stream)
-
-    def bound(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        block_table: Tensor,
-        cache_seqlens: Tensor,
-        head_dim_v: int,
-        softmax_scale: float,
-        causal: bool,
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """A call on these tensors with a workspace of its own, zeroed now: a graph of it is the kernel alone.
-
-        It must outlive a graph that captures it, and may not run twice at a time. Errors as a call's.
-        """
-        plan = self._plan(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
-        workspace = zeroed(q.device, plan.workspace_bytes)
-
-        def run() -> tuple[Tensor, Tensor]:
-            stream = torch.cuda.current_stream(q.device).cuda_stream if self._on_gpu else None
-            return self._launch(plan, q, k_cache, block_table, cache_seqlens, aligned(workspace), stream)
-
-        return run
-
-    def _launch(
-        self,
-        plan: _Plan,
-        q: Tensor,
-        k_cache: Tensor,
-        block_table: Tensor,
-        cache_seqlens: Tensor,
-        workspace: int,
-        stream: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        error = self._local.error
         out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+        stream = torch.cuda.current_stream(q.device).cuda_stream if self._on_gpu else None
         params = plan.params
         params.q = q.data_ptr()
         params.kv_cache = k_cache.data_ptr()
@@ -137,15 +99,16 @@ class CompiledBackend:
         params.cache_seqlens = cache_seqlens.data_ptr()
         params.out = out.data_ptr()
         params.lse = lse.data_ptr()
-        params.workspace = workspace
         if stream is not None:
-            params.stream = stream
             with torch.cuda.device(q.device):
-                status = self._run(plan.address, error, ERROR_BYTES)
+                params.stream = stream
+                params.workspace = local.workspaces.address(q.device, stream, plan.workspace_bytes)
+                status = self._run(plan.address, local.error, ERROR_BYTES)
         else:
-            status = self._run(plan.address, error, ERROR_BYTES)
+            params.workspace = local.workspaces.address(q.device, None, plan.workspace_bytes)
+            status = self._run(plan.address, local.error, ERROR_BYTES)
         if status:
-            raise _status_error(status, self.name, error.value.decode(errors="replace"))
+            raise _status_error(status, self.name, local.error.value.decode(errors="replace"))
         return out, lse
 
     def _plan(

@@ -3,10 +3,10 @@
 `flash_mla` is PyPI's `sgl-flash-mla` (FlashMLA's dense decode for Hopper, its legacy path), `fa3` PyPI's
 `fa3-fwd` (FlashAttention-3 with `qv`). Both are optional: `unavailable` says why one cannot be used.
 
-Both plan their work over the multiprocessors from the lengths. A step of a serving engine can do that once
-for all layers: `prepare` then leaves the plan out of the call. With `fresh_schedule` it is a part of the
-call, as ours is: FlashMLA makes its metadata in a kernel before the decode, FlashAttention-3 does without
-scheduler metadata and plans in the call.
+Both plan their work over the multiprocessors from the lengths. In a whole operation the plan is a part of the
+call, as it is in ours: FlashMLA makes its metadata in a kernel before the decode, FlashAttention-3 does
+without scheduler metadata and plans in the call. A serving engine can plan once a step for all layers: then
+the plan is made before.
 """
 
 from __future__ import annotations
@@ -34,25 +34,22 @@ class Peer:
     title: str
     distribution: str
     load: Callable[[], object]
-    prepare: Callable[[Inputs, bool], Run]
+    prepare: Callable[[Inputs], tuple[Run, Run]]
 
     def version(self) -> str:
         """E.g. "FlashMLA (sgl-flash-mla 1.0.0)"."""
         return f"{self.title} ({self.distribution} {importlib.metadata.version(self.distribution)})"
 
 
-def _flash_mla(inputs: Inputs, fresh_schedule: bool) -> Run:
+def _flash_mla(inputs: Inputs) -> tuple[Run, Run]:
     backend = FlashMlaBackend()
-    if fresh_schedule:
-        return functools.partial(backend, *inputs.arguments())
-    run = functools.partial(
-        backend.run, *inputs.arguments(), backend.schedule(inputs.q, inputs.cache_seqlens)
-    )
-    run()  # fills the schedule
-    return run
+    schedule = backend.schedule(inputs.q, inputs.cache_seqlens)
+    planned = functools.partial(backend.run, *inputs.arguments(), schedule)
+    planned()  # fills the schedule
+    return functools.partial(backend, *inputs.arguments()), planned
 
 
-def _fa3(inputs: Inputs, fresh_schedule: bool) -> Run:
+def _fa3(inputs: Inputs) -> tuple[Run, Run]:
     """The wheel has no paged path, so it reads a contiguous copy of the cache."""
     module = importlib.import_module("fa3_fwd_interface")
     b, s_q, h_q, width = inputs.q.shape
@@ -62,14 +59,12 @@ def _fa3(inputs: Inputs, fresh_schedule: bool) -> Run:
     table = inputs.block_table[:, :pages].clamp(0, inputs.k_cache.shape[0] - 1).long()
     rows = inputs.k_cache[table].view(b, pages * page_size, 1, width)
     q_latent, q_rope = inputs.q[..., :latent].contiguous(), inputs.q[..., latent:].contiguous()
-    schedule = None
-    if not fresh_schedule:
-        schedule = module.get_scheduler_metadata(
-            b, s_q, pages * page_size, h_q, 1, width - latent, inputs.cache_seqlens,
-            qkv_dtype=inputs.q.dtype, headdim_v=latent, causal=inputs.causal,
-        )  # fmt: skip
+    schedule = module.get_scheduler_metadata(
+        b, s_q, pages * page_size, h_q, 1, width - latent, inputs.cache_seqlens, qkv_dtype=inputs.q.dtype,
+        headdim_v=latent, causal=inputs.causal,
+    )  # fmt: skip
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run(schedule: Tensor | None) -> tuple[Tensor, Tensor]:
         out, lse, *_ = module.flash_attn_with_kvcache(
             q_rope, rows[..., latent:], rows[..., :latent], qv=q_latent, cache_seqlens=inputs.cache_seqlens,
             softmax_scale=inputs.softmax_scale, causal=inputs.causal, scheduler_metadata=schedule,
@@ -77,7 +72,7 @@ def _fa3(inputs: Inputs, fresh_schedule: bool) -> Run:
         )  # fmt: skip
         return out, lse
 
-    return run
+    return functools.partial(run, None), functools.partial(run, schedule)
 
 
 PEERS = {
@@ -98,6 +93,9 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def prepare(name: str, inputs: Inputs, *, fresh_schedule: bool = False) -> Run:
-    """A call that runs peer `name` on `inputs`: out [b, s_q, h_q, head_dim_v], and lse in its own shape."""
-    return PEERS[name].prepare(inputs, fresh_schedule)
+def prepare(name: str, inputs: Inputs) -> tuple[Run, Run]:
+    """Two calls of peer `name` on `inputs`: the whole operation, and one whose plan is made here, before.
+
+    Each returns out [b, s_q, h_q, head_dim_v], and lse in the peer's own shape.
+    """
+    return PEERS[name].prepare(inputs)

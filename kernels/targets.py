@@ -170,8 +170,9 @@ def _compile_cpu(recipe: Recipe, folder: Path, log: Path) -> CompilerReport:
 
 
 def hopper_recipe() -> Recipe:
-    """CUDA C++ for sm_90a by nvcc, with no headers but the toolkit's."""
+    """CUDA C++ for sm_90a by nvcc, with no headers but the toolkit's; $MLA_KERNEL_DEBUG adds checks."""
     folder = SOURCE_ROOT / "hopper"
+    debug = ("-DMLA_DEBUG",) if os.environ.get("MLA_KERNEL_DEBUG", "0") not in ("", "0") else ()
     sources = sorted(folder.glob("*.cu"))
     if not sources:
         raise BuildError("csrc/hopper holds no sources", unavailable=True)
@@ -182,7 +183,7 @@ def hopper_recipe() -> Recipe:
         target="hopper",
         compiler=("nvcc", f"-I{SOURCE_ROOT}"),
         compiler_version=_compiler_version(("nvcc",)),
-        flags=HOPPER_FLAGS,
+        flags=(*HOPPER_FLAGS, *debug),
         sources=tuple(sources),
         headers=tuple(headers),
         runner=_compile_hopper,

@@ -93,16 +93,23 @@ def interleaved(
 
 
 def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """`call` as a CUDA graph, after two runs on a side stream that allocate and compile what it needs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
+    """`call` as a CUDA graph, after two runs on its stream that allocate and compile what it needs.
+
+    The context manager torch.cuda.graph would empty torch's cache first, and gigabytes of inputs be allocated
+    anew for the next graph.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         call()
+        call()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            call()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
     return graph
 
 

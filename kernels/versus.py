@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import peers
-from kernels.backends import compiled_package
+from kernels.backends import Backend, get_backend
 from kernels.compiled import CompiledBackend
 from kernels.grid import GridCase, full_grid, select, shapes
 from kernels.machine import device_name
@@ -34,7 +34,7 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
     """Measure the chosen cases, print them, and write RESULTS.md when they were the whole grid.
 
     options: the command line of kernels.bench; heads: its default. Raises ValueError without a Hopper GPU or
-    a case. Returns 1 when an output disagrees with ours, else 0.
+    a case. Returns 1 when an output disagrees with ours or a case was not measured, else 0.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise ValueError("--peers needs a GPU of compute capability 9.0")
@@ -43,14 +43,19 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
     else:
         cases = select(full_grid(), options.cases) if options.cases else full_grid()
     libraries = dict(text.split("=", 1) for text in options.library)
-    ours = {name: library_backend(Path(path)) for name, path in libraries.items()}
-    ours = ours or {"hopper": CompiledBackend(compiled_package("hopper", options.kernel_dir))}
+    ours: dict[str, Backend] = {name: library_backend(Path(path)) for name, path in libraries.items()}
+    ours = ours or {"hopper": get_backend("hopper", options.kernel_dir)}
     reasons = {name: peers.unavailable(name) for name in peers.PEERS}
     names = [name for name, reason in reasons.items() if reason is None]
-    rows = []
-    for row in compare(ours, names, cases, options.rounds):
-        rows.append(row)
-        print(json.dumps(medians(row)), flush=True)
+    rows: list[Row] = []
+    try:
+        for row in compare(ours, names, cases, options.rounds):
+            rows.append(row)
+            print(json.dumps(medians(row)), flush=True)
+    except (KeyboardInterrupt, RuntimeError) as error:  # what was measured is worth a page
+        print(f"stopped after {len(rows)} of {len(cases)} cases: {error!r}", file=sys.stderr)
+    if not rows:
+        return 1
     machine = f"{device_name(torch.device('cuda'))}, CUDA {torch.version.cuda}, torch {torch.__version__}"
     page = render(rows, next(iter(ours)), machine, [peers.PEERS[name].version() for name in names])
     print(page)
@@ -59,14 +64,15 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
             print(f"{name} was not measured: {reason}", file=sys.stderr)
     if options.out:
         options.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
-    whole = not (options.cases or options.workload or libraries or any(reasons.values()))
+    partial = options.cases or options.workload or libraries or any(reasons.values())
+    whole = not partial and len(rows) == len(cases)
     if results := options.results or (RESULTS if whole else None):
         results.write_text(page)
-    return int(any(row.disagreeing for row in rows))
+    return int(len(rows) < len(cases) or any(row.disagreeing for row in rows))
 
 
 def compare(
-    ours: Mapping[str, CompiledBackend], names: Sequence[str], cases: Sequence[GridCase], rounds: int
+    ours: Mapping[str, Backend], names: Sequence[str], cases: Sequence[GridCase], rounds: int
 ) -> Iterator[Row]:
     """Measure each case with `ours` and the peers `names`; peers take no FP8 cache, so they miss its cases.
 
@@ -81,18 +87,20 @@ def compare(
         graphs = {name: captured(call) for name, call in calls.items()} | {NOTHING: nothing}
         yield Row(case, replayed(graphs, rounds, flush), replayed(graphs, rounds), differences)
         del calls, graphs  # before the next case takes as much memory
+        torch.cuda.empty_cache()  # a capture cannot: the largest cases were out of memory without it
 
 
-def prepared(case: GridCase, ours: Mapping[str, CompiledBackend], names: Sequence[str]) -> Calls:
+def prepared(case: GridCase, ours: Mapping[str, Backend], names: Sequence[str]) -> Calls:
     """Everything that runs on `case`, by name, ours first."""
     inputs = make_inputs(
         case.lengths, s_q=case.s_q, h_q=case.h_q, kv_dtype=case.kv_dtype, causal=case.s_q > 1,
         softmax_scale=SCALE, device="cuda", poison=False,
     )  # fmt: skip
-    calls = {name: backend.bound(*inputs.arguments()) for name, backend in ours.items()}
+    calls: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        name: functools.partial(backend, *inputs.arguments()) for name, backend in ours.items()
+    }
     for name in names:
-        calls[name] = peers.prepare(name, inputs, fresh_schedule=True)
-        calls[name + PLANNED] = peers.prepare(name, inputs)
+        calls[name], calls[name + PLANNED] = peers.prepare(name, inputs)
     return calls
 
 
@@ -111,7 +119,7 @@ def medians(row: Row) -> dict[str, object]:
     return {"case": row.case.name, "floor": round(row.case.floor_us(), 1), "cold": cold, "warm": warm}
 
 
-def library_backend(path: Path) -> CompiledBackend:
+def library_backend(path: Path) -> Backend:
     """The hopper target from a library that was not packaged, such as one compiled by hand."""
     folder = Path(tempfile.mkdtemp(prefix="mla-library-"))
     (folder / LIBRARY).symlink_to(path.resolve())

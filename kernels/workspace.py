@@ -1,71 +1,180 @@
-"""Scratch memory of compiled targets: one a device and stream, and one for every CUDA graph under capture.
+"""Scratch memory of compiled targets: one a thread, device and stream, and others for CUDA graphs.
 
-A GPU target counts in the first COUNTER_BYTES, from 0 and back to 0 with every run (csrc/mla_decode.h), so
-they are zeroed when the memory is taken. Inside a capture the memory comes from the graph's own pool and its
-zeroing is a part of that graph only: another graph may not run in it, nor a call outside of graphs.
+A GPU target counts in the first COUNTER_BYTES, from 0 and back to 0 with every run (csrc/mla_decode.h): they
+are zeroed once, when the memory is taken, so that a graph holds the kernel alone. Memory comes from a stream
+of its own: what the current stream allocates in a capture, or under torch.compile's graph trees, belongs to
+the graphs' pool, which may hand it to another graph.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 ALIGN = 256
 COUNTER_BYTES = 4096
+_SEMAPHORE_BYTES = 64  # at least sizeof(sem_t)
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_NO_DESTRUCTOR_SYNC = 1  # CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+_MOVE = 1  # CU_GRAPH_USER_OBJECT_MOVE
 
 
 class Workspaces:
-    """The workspaces of one thread: two runs at a time may not share one, nor may two graphs."""
+    """The workspaces of one thread outside of graphs: two runs at a time may not share one."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[torch.device, int | None], Tensor] = {}
-        self._captured: dict[tuple[torch.device, int | None], tuple[int, Tensor]] = {}
 
     def address(self, device: torch.device, stream: int | None, size: int) -> int:
-        """An aligned address with `size` bytes behind it for the next run on `stream` (None: on a CPU)."""
-        capture = capture_id(stream) if stream is not None else 0
-        key = (device, stream)
-        if capture:
-            owner, workspace = self._captured.get(key, (0, None))
-            if owner != capture or workspace is None or workspace.numel() < size + ALIGN:
-                # The one it replaces goes back to the graph's pool: later parts of that graph may take it.
-                workspace = zeroed(device, size)
-                self._captured[key] = capture, workspace
-        else:
-            self._captured.pop(key, None)
-            workspace = self._kept.get(key)
-            if workspace is None or workspace.numel() < size + ALIGN:
-                workspace = self._kept[key] = zeroed(device, size)
-        return aligned(workspace)
+        """An aligned address with `size` bytes behind it for the next run.
+
+        `device` is the current one and `stream` its current stream; None on a CPU.
+        """
+        if stream is not None and torch.cuda.is_current_stream_capturing():
+            return aligned(graph_workspaces.lend(device, stream, size))
+        kept = self._kept.get((device, stream))
+        if kept is None or not fits(kept, size):
+            kept = self._kept[device, stream] = zeroed(device, size)
+            if stream is not None:  # a run may still use it when it is outgrown or the thread ends
+                kept.record_stream(torch.cuda.current_stream(device))
+        return aligned(kept)
 
 
-def capture_id(stream: int) -> int:
-    """The CUDA driver's number of the capture under way on `stream`, 0 for none; torch does not tell it."""
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    code = _driver().cuStreamGetCaptureInfo(
-        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number)
-    )
-    if code:
-        raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUresult {code}")
-    return number.value if status.value else 0
+@dataclass
+class _Lent:
+    """Memory that a graph uses from its capture until the driver, done with the graph, posts `returned`."""
+
+    memory: Tensor
+    owner: tuple[int, int] = (0, 0)  # capture and stream
+    returned: int = field(default_factory=lambda: _semaphore())
+
+    def is_back(self) -> bool:
+        """Whether the graph that had it is gone; true once for each time it was lent."""
+        return _libc().sem_trywait(ctypes.c_void_p(self.returned)) == 0
+
+    def lend(self, owner: tuple[int, int], graph: int) -> None:
+        """Give it to the graph under capture, for as long as that or an instance of it lives."""
+        user_object = ctypes.c_void_p()
+        post = ctypes.cast(_libc().sem_post, ctypes.c_void_p)
+        _call(
+            "cuUserObjectCreate", ctypes.byref(user_object), ctypes.c_void_p(self.returned), post, 1,
+            _NO_DESTRUCTOR_SYNC,
+        )  # fmt: skip
+        _call("cuGraphRetainUserObject", ctypes.c_void_p(graph), user_object, 1, _MOVE)
+        self.owner = owner
+
+
+class GraphWorkspaces:
+    """Workspaces of captured graphs, of all threads: a graph keeps its own until it is destroyed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lent: list[_Lent] = []
+
+    def __len__(self) -> int:
+        return len(self._lent)
+
+    def lend(self, device: torch.device, stream: int, size: int) -> Tensor:
+        """Memory for the capture under way on `stream`, the same one for all of its calls."""
+        capture, graph = _capture(stream)
+        with self._lock:
+            usable = [lent for lent in self._lent if lent.memory.device == device and fits(lent.memory, size)]
+            for lent in usable:
+                if lent.owner == (capture, stream):
+                    return lent.memory
+            found = next((lent for lent in usable if lent.is_back()), None)
+            if found is None:
+                found = _Lent(zeroed(device, size))
+                self._lent.append(found)
+            found.lend((capture, stream), graph)
+            return found.memory
+
+
+graph_workspaces = GraphWorkspaces()
+
+
+def fits(memory: Tensor, size: int) -> bool:
+    """Whether `size` bytes lie behind the aligned address."""
+    return memory.numel() >= size + ALIGN
+
+
+def aligned(memory: Tensor) -> int:
+    """The address in memory of `zeroed` that a library is given."""
+    base = memory.data_ptr()
+    return base + -base % ALIGN
 
 
 def zeroed(device: torch.device, size: int) -> Tensor:
-    """Memory for `size` bytes from its aligned address on, the counters zero."""
-    workspace = torch.empty(size + ALIGN, dtype=torch.uint8, device=device)
-    workspace[: COUNTER_BYTES + ALIGN].zero_()
-    return workspace
+    """Memory that `fits` size bytes, the counters zero now, whatever is being captured."""
+    if device.type == "cpu":
+        return torch.empty(size + ALIGN, dtype=torch.uint8)
+    with _capture_allowing_anything(), torch.cuda.stream(_own_stream(device)):
+        memory = torch.empty(size + ALIGN, dtype=torch.uint8, device=device)
+        memory[: COUNTER_BYTES + ALIGN].zero_()
+        _own_stream(device).synchronize()
+    return memory
 
 
-def aligned(workspace: Tensor) -> int:
-    """The address in memory of `zeroed` that a library is given."""
-    base = workspace.data_ptr()
-    return base + -base % ALIGN
+@contextmanager
+def _capture_allowing_anything() -> Iterator[None]:
+    """A capture of this thread refuses to wait for streams, captured or not, unless its mode is relaxed."""
+    mode = ctypes.c_int(_RELAXED)
+    _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
+
+@functools.cache
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that is none of torch's pool, whose streams come round and may be under capture."""
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p()
+        _call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        return torch.cuda.ExternalStream(stream.value, device)
+
+
+def _capture(stream: int) -> tuple[int, int]:
+    """The number and the graph that the driver gave to the capture on `stream`; torch does not tell them."""
+    status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
+    _call(
+        "cuStreamGetCaptureInfo_v2", ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number),
+        ctypes.byref(graph), None, None,
+    )  # fmt: skip
+    return number.value, graph.value or 0
+
+
+def _semaphore() -> int:
+    """A semaphore at 0, by address; never freed, as the driver may post it when the process ends."""
+    libc = _libc()
+    address = int(libc.calloc(1, _SEMAPHORE_BYTES))
+    libc.sem_init(ctypes.c_void_p(address), 0, 0)
+    return address
+
+
+def _call(name: str, *arguments: object) -> None:
+    code = getattr(_driver(), name)(*arguments)
+    if code:
+        raise RuntimeError(f"{name} failed with CUresult {code}")
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.calloc.restype = ctypes.c_void_p
+    libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    return libc

@@ -16,6 +16,8 @@ from kernels.build import write_index
 from kernels.checks import correctness_cases, run_case
 from kernels.flash_mla_install import check_interface, install
 from kernels.package import FlashMlaPackage
+from kernels.reference import mla_decode_reference
+from kernels.workloads import make_inputs
 from tests import flash_mla_package as fake
 
 CPU = torch.device("cpu")
@@ -65,6 +67,24 @@ def test_it_is_a_correct_backend_and_auto_knows_it(artifact: Path) -> None:
     for case in correctness_cases(h_q=4, long=300):
         assert run_case(backend, case, seed=1).passed, case.name
     assert "flash_mla" in available_backends(artifact, CPU)
+
+
+def test_what_flash_mla_refuses_is_asked_of_it_in_another_way(tmp_path: Path) -> None:
+    """FlashMLA's kernels need a positive scale and a row."""
+    strict = fake.MODULE.replace(
+        "    b, s_q, h_q, _ = q.shape", "    b, s_q, h_q, _ = q.shape\n    assert b > 0 and softmax_scale > 0"
+    )
+    package = install(fake.wheel(tmp_path, strict), tmp_path / "kernel", {}, lambda line: None)
+    write_index(tmp_path / "kernel", "flash_mla", {"flash_mla": {"sha256": package.sha256}}, {})
+    backend = get_backend("flash_mla", tmp_path / "kernel")
+    for scale in (-0.05, 0.0):
+        inputs = make_inputs([130, 5, 0], softmax_scale=scale)
+        out, lse = backend(*inputs.arguments())
+        expected, expected_lse = mla_decode_reference(*inputs.arguments())
+        torch.testing.assert_close(out.double(), expected.double(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-3, atol=1e-3)
+    nothing = make_inputs([], h_q=8)
+    assert [tensor.shape for tensor in backend(*nothing.arguments())] == [(0, 1, 8, 512), (0, 8, 1)]
 
 
 def test_what_a_package_cannot_run_is_found_by_trying(tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import get_backend
 from kernels.checks import CheckCase, run_case
 from kernels.grid import LONG_TAIL
 from kernels.package import DecodeParams
+from kernels.timing import captured
 from kernels.versus import library_backend
+from kernels.workloads import make_inputs
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "csrc"
 INVALID, UNSUPPORTED = 1, 2
@@ -195,3 +198,27 @@ def test_matches_the_definition(compiled: tuple[Path, str], case: CheckCase, fp8
     first, *others = (backend(*inputs.arguments()) for _ in range(4))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.gpu
+@needs_nvcc
+def test_debug_build_names_the_index_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("MLA_KERNEL_DEBUG", "1")
+    backend = get_backend("hopper")
+    inputs = make_inputs([70, 200], h_q=4, device="cuda", seed=9)
+    out, _ = backend(*inputs.arguments())
+    table = inputs.block_table.clone()
+    for index in (-1, inputs.k_cache.shape[0]):
+        table[1, 2] = index
+        with pytest.raises(ValueError, match=rf"block_table\[1, 2\] is {index}, expected 0 to "):
+            backend(inputs.q, inputs.k_cache, table, *inputs.arguments()[3:])
+    lengths = torch.tensor([70, 1000], dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match=r"cache_seqlens\[1\] is 1000, expected 0 to "):
+        backend(inputs.q, inputs.k_cache, inputs.block_table, lengths, *inputs.arguments()[4:])
+    again, _ = backend(*inputs.arguments())
+    assert torch.equal(out, again)
+    graph = captured(lambda: backend(*inputs.arguments()))  # where nothing can be read back
+    graph.replay()
+    torch.cuda.synchronize()

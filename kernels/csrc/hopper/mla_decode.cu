@@ -12,6 +12,7 @@
 #include "decode.cuh"
 #include "ring_kernel.cuh"
 #include "narrow.cuh"
+#include "tables.h"
 
 namespace {
 
@@ -328,6 +329,7 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   if (p.batch == 0) return MLA_OK;
   const Device device = current_device();
   int32_t status = check(p, device, fail);
+  if (status == MLA_OK) status = check_tables(p, fail);
   if (status != MLA_OK) return status;
   const Params kernel = kernel_params(p, device.ctas);
   CUtensorMap query_map, cache_map = {};
