@@ -59,6 +59,19 @@ def check_settings(config: ModelConfig, kv_cache_dtype: str, options: VllmOption
         )
 
 
+def process_environment(kernel: str, kernel_dir: Path | None, given: Mapping[str, str]) -> dict[str, str]:
+    """Variables that vLLM's processes inherit; what is `given` already stays, except which kernel it is."""
+    named = {"MLA_KERNEL_BACKEND": kernel} | ({"MLA_KERNEL_DIR": str(kernel_dir)} if kernel_dir else {})
+    defaults = {
+        # A fork of this process would copy the threads' locks of its web server, held or not.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # FlashInfer's sampler is compiled with nvcc by the first request that asks for top_k or top_p. An
+        # endpoint's image has no nvcc; the error would end the engine for all requests.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    }
+    return named | {name: value for name, value in defaults.items() if name not in given}
+
+
 def engine_arguments(checkpoint: Path, config: ModelConfig, options: VllmOptions) -> dict[str, Any]:
     """The fields of vLLM's EngineArgs. A page of the cache is the kernel's; vLLM sees no tokenizer."""
     arguments: dict[str, Any] = {

@@ -30,6 +30,7 @@ from container.serving.vllm_engine.arguments import (
     check_version,
     chosen_logprob,
     engine_arguments,
+    process_environment,
     sampling_arguments,
 )
 
@@ -78,13 +79,10 @@ class VllmEngine(BaseEngine):
         checkpoint = find_checkpoint(Path(model_dir))
         config = ModelConfig.from_folder(checkpoint)
         check_settings(config, kv_cache_dtype, options)
-        kernel = plugin.kernel_backend(backend, Path(kernel_dir) if kernel_dir else None)
-        # vLLM's processes find the kernel as a standalone `vllm serve` would: by these variables.
-        os.environ["MLA_KERNEL_BACKEND"] = kernel.name
-        if kernel_dir:
-            os.environ["MLA_KERNEL_DIR"] = str(kernel_dir)
-        # A fork of this process would copy the threads' locks of its web server, held or not.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        kernels = Path(kernel_dir) if kernel_dir else None
+        kernel = plugin.kernel_backend(backend, kernels)
+        # vLLM's processes find the kernel as those of a plain vLLM server would: by variables.
+        os.environ.update(process_environment(kernel.name, kernels, os.environ))
 
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform

@@ -280,6 +280,17 @@ def test_vllms_arguments(tiny_folder: Path) -> None:
     assert made["enforce_eager"] is True
 
 
+def test_vllms_processes_get_the_kernel_and_no_sampler_that_needs_a_compiler() -> None:
+    given = {"MLA_KERNEL_BACKEND": "auto", "VLLM_WORKER_MULTIPROC_METHOD": "forkserver"}
+    made = arguments.process_environment("hopper", Path("/kernel"), given)
+    assert made == {
+        "MLA_KERNEL_BACKEND": "hopper",
+        "MLA_KERNEL_DIR": "/kernel",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    }
+    assert "MLA_KERNEL_DIR" not in arguments.process_environment("triton", None, {})
+
+
 def test_the_environment_chooses_the_engine(tmp_path: Path) -> None:
     assert ServerSettings.from_environment({}).engine == "native"
     chosen = ServerSettings.from_environment({"MLA_ENGINE": "vllm", "MLA_TENSOR_PARALLEL": "2"})
