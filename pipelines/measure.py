@@ -6,6 +6,7 @@ takes the step times from the run's own summary.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -116,6 +117,7 @@ def machine() -> str:
 
 def main() -> None:
     """Measure, print, write."""
+    argparse.ArgumentParser(prog="python -m pipelines.measure", description=__doc__).parse_args()
     tool = [sys.executable, "-m", "pipelines.cli"]
     run = measure([*tool, "run", "--approve"])
     if run.status:
