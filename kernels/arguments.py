@@ -48,6 +48,12 @@ class Problem:
         )
 
 
+def empty_result(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
+    """Memory for out [b, s_q, h_q, head_dim_v] of q's dtype and lse [b, h_q, s_q] float32, on q's device."""
+    b, s_q, h_q, _ = q.shape
+    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
+
+
 def check_arguments(
     q: Tensor,
     k_cache: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import flash_mla_with_kvcache
+from kernels.arguments import empty_result
 
 
 @torch.library.custom_op("mla::decode", mutates_args=())
@@ -43,5 +44,4 @@ def _(
     causal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    b, s_q, h_q, _ = q.shape
-    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    return empty_result(q, head_dim_v)

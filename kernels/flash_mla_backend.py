@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arguments import Problem, check_arguments
+from kernels.arguments import Problem, check_arguments, empty_result
 from kernels.backends import BackendError
 from kernels.package import FLASH_MLA, FLASH_MLA_INTERFACE, FlashMlaPackage
 from kernels.workloads import make_inputs
@@ -72,8 +72,8 @@ class FlashMlaBackend:
         check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
         if reason := self.unsupported(Problem.of(q, k_cache, head_dim_v, causal)):
             raise ValueError(reason)
-        if not len(q):
-            return _empty(q, head_dim_v)
+        if not len(q):  # FlashMLA refuses a batch without rows
+            return empty_result(q, head_dim_v)
         if softmax_scale <= 0:  # FlashMLA takes the maximum before it scales, so its scale must be positive
             q = -q if softmax_scale < 0 else torch.zeros_like(q)
             softmax_scale = -softmax_scale or 1.0
@@ -119,12 +119,6 @@ class FlashMlaBackend:
         except Exception as error:  # whatever a package of unknown origin raises, its text is the reason
             return f"flash_mla does not run on this {problem.device_type}: {type(error).__name__}: {error}"
         return None
-
-
-def _empty(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
-    """Results of a batch without rows, which FlashMLA refuses."""
-    b, s_q, h_q, _ = q.shape
-    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
 
 
 def _parameters(function: object) -> set[str]:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.arguments import FLOAT_DTYPES, Problem, check_arguments
+from kernels.arguments import FLOAT_DTYPES, Problem, check_arguments, empty_result
 
 PAGE_SIZE = 64
 _ROWS = 16  # query rows (query x head) a tile: the least that the tensor cores take as M
@@ -214,8 +214,7 @@ def mla_decode_triton(
     batch, s_q, h_q, width = q.shape
     rope = width - head_dim_v
     rows = s_q * h_q
-    out = torch.empty(batch, s_q, h_q, head_dim_v, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, h_q, s_q, dtype=torch.float32, device=q.device)
+    out, lse = empty_result(q, head_dim_v)
     if batch == 0:
         return out, lse
 
