@@ -28,6 +28,15 @@ _after_each_file = pytest.fixture(autouse=True, scope="module", name="_file_envi
 _after_each_test = pytest.fixture(autouse=True, name="_test_environment")(_restored_environment)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """A bytes parameter is named by its argument, not its content.
+
+    An archive made while tests are collected holds the time, so that two pytest-xdist workers whose clocks
+    stand a second apart would collect different names, and refuse to run.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def fresh_flash_mla() -> Iterator[None]:
     """Forget the module flash_mla afterwards: a process loads only one, and tests install several."""
