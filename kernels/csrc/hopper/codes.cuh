@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "ptx.cuh"
+
 namespace mla_hopper {
 
 // Two codes as bfloat16 times 2^-120: the exponent field moves unchanged, so that e4m3's subnormals become bfloat16's and
@@ -14,11 +16,7 @@ __device__ __forceinline__ uint32_t shifted_codes(uint32_t spread) { return (spr
 // Bytes kLow and kHigh of the eight in `first` (0 to 3) and `second` (4 to 7), each sign-extended to 16 bits.
 template <int kLow, int kHigh>
 __device__ __forceinline__ uint32_t byte_pair(uint32_t first, uint32_t second) {
-  uint32_t pair;
-  asm("prmt.b32 %0, %1, %2, %3;\n"
-      : "=r"(pair)
-      : "r"(first), "r"(second), "n"(kLow | (8 | kLow) << 4 | kHigh << 8 | (8 | kHigh) << 12));
-  return pair;
+  return permute_bytes<kLow | (8 | kLow) << 4 | kHigh << 8 | (8 | kHigh) << 12>(first, second);
 }
 
 }  // namespace mla_hopper

@@ -39,8 +39,7 @@ __device__ __forceinline__ void prefetch_block_table(const Params& params, int l
   const int index = blockIdx.x * 32 + lane;
   const int item = index / lines;
   if (item < params.batch) {
-    const int32_t* line = params.block_table + item * params.block_table_stride + index % lines * 32;
-    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line) : "memory");
+    prefetch_line(params.block_table + item * params.block_table_stride + index % lines * 32);
   }
 }
 

@@ -4,8 +4,8 @@
 #define MLA_HOPPER_NARROW_16BIT_CUH_
 
 #include "epilogue.cuh"
-#include "fragments.cuh"
 #include "merge.cuh"
+#include "mma.cuh"
 #include "narrow_layout.cuh"
 
 namespace mla_hopper {
@@ -120,7 +120,7 @@ struct Narrow16bit {
     for (int i = lane; i < 2 * vectors; i += 32) {
       const int q = i >= vectors;
       const uint32_t address = slabs + (2 * block + q) * kStepSlabBytes + used * 128 + (i - q * vectors) * 16;
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
+      store_zeros(address);
     }
     fence_async_proxy();
     __syncwarp();

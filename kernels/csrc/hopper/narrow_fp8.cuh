@@ -6,7 +6,7 @@
 
 #include "codes.cuh"
 #include "epilogue.cuh"
-#include "fragments.cuh"
+#include "mma.cuh"
 #include "narrow_layout.cuh"
 
 namespace mla_hopper {
@@ -83,8 +83,7 @@ struct NarrowFp8 {
     for (int j = 0; j < kStepTokens / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        load_shared(scale[j][e], scales + (8 * j + e) * kTokenBytesFp8);
-        scale[j][e] *= kWeightScale;
+        scale[j][e] = load_shared<float>(scales + (8 * j + e) * kTokenBytesFp8) * kWeightScale;
         s[j][e] = s[j][2 + e] = 0.f;
       }
     }

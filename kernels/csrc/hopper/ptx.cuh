@@ -1,4 +1,5 @@
-// Thin wrappers of the PTX this operator needs: mbarriers, bulk tensor copies, named barriers, ordered atomics.
+// Thin wrappers of the PTX this operator needs: mbarriers, bulk copies, named barriers, shared memory, ordered atomics.
+// All inline assembly of the kernels is here, in wgmma.cuh and in mma.cuh.
 #ifndef MLA_HOPPER_PTX_CUH_
 #define MLA_HOPPER_PTX_CUH_
 
@@ -102,12 +103,12 @@ __device__ __forceinline__ void load_fragment(uint32_t (&fragment)[4], uint32_t 
                : "memory");
 }
 
-// Fragments of this warp's 16 rows and 64 columns of a swizzled slab.
-__device__ __forceinline__ void load_fragments(uint32_t (&fragment)[4][4], uint32_t slab, int warp, int lane) {
-  const int row = warp * 16 + (lane & 15);
-  const uint32_t address = slab + row * 128 + (((lane >> 4) ^ (row & 7)) << 4);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) load_fragment(fragment[k], address ^ (k << 5));
+// Four 8 x 8 matrices of 16-bit elements, each transposed; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_transposed(uint32_t (&fragment)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address)
+               : "memory");
 }
 
 // The inverse of load_fragment.
@@ -157,6 +158,42 @@ __device__ __forceinline__ T load_shared(uint32_t address) {
   uint32_t bits;
   asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(bits) : "r"(address) : "memory");
   return reinterpret_cast<const T&>(bits);
+}
+
+// Sixteen bytes, and eight.
+__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_shared(uint32_t (&v)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// Sixteen bytes of 0.
+__device__ __forceinline__ void store_zeros(uint32_t address) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
+}
+
+// Asks for a line of global memory, so that it is in L2 when it is read.
+__device__ __forceinline__ void prefetch_line(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line) : "memory");
+}
+
+// Four of eight bytes as prmt's selector says, a nibble each: the byte, and 8 for its sign in all bits instead.
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t first, uint32_t second) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(bytes) : "r"(first), "r"(second), "n"(kSelector));
+  return bytes;
 }
 
 template <int kRegisters>

@@ -11,6 +11,14 @@
 
 namespace mla_hopper {
 
+// Fragments of this warp's 16 rows and 64 columns of a swizzled slab.
+__device__ __forceinline__ void load_fragments(uint32_t (&fragment)[4][4], uint32_t slab, int warp, int lane) {
+  const int row = warp * 16 + (lane & 15);
+  const uint32_t address = slab + row * 128 + (((lane >> 4) ^ (row & 7)) << 4);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_fragment(fragment[k], address ^ (k << 5));
+}
+
 // The scores of one 64 x 64 tile at a time.
 template <typename T>
 class RingScores {

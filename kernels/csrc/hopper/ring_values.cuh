@@ -16,7 +16,7 @@ __device__ __forceinline__ void clear_pair(uint32_t pair, int used, int thread) 
 #pragma unroll 1
   for (int i = thread * 16; i < 2 * bytes; i += 128 * 16) {
     const uint32_t address = pair + used * 128 + (i < bytes ? i : i - bytes + kSlabBytes);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(address), "r"(0) : "memory");
+    store_zeros(address);
   }
 }
 

@@ -127,7 +127,7 @@ __device__ __forceinline__ void compute_weights(const Params& params, const CUte
         for (int j = 0; j < 8; ++j) {
           // 16-byte column j of the row, swizzled; row and row + 8 have the same low three bits.
           const uint32_t address = weights + i * 1024 + ((j ^ (row & 7)) << 4);
-          asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(p[j / 2][2 * (j & 1) + i]) : "memory");
+          store_shared(address, p[j / 2][2 * (j & 1) + i]);
         }
       }
       if ((lane & 3) == 0) {

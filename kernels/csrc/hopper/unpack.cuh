@@ -123,9 +123,7 @@ __device__ __forceinline__ void unpack_block(char* stage, const uint8_t* raw, in
     value[1] = times(shifted_codes(byte_pair<2, 3>(word[i].x, word[i].x)));
     value[2] = times(shifted_codes(byte_pair<0, 1>(word[i].y, word[i].y)));
     value[3] = times(shifted_codes(byte_pair<2, 3>(word[i].y, word[i].y)));
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"((place ^ ((2 * i & 6) << 4)) + 256 * i), "r"(value[0]),
-                 "r"(value[1]), "r"(value[2]), "r"(value[3])
-                 : "memory");
+    store_shared((place ^ ((2 * i & 6) << 4)) + 256 * i, value);
   }
 }
 
