@@ -163,16 +163,18 @@ def record_run(registry: Registry, release: Release, tags: dict[str, str], files
     A run that was deleted, or that another workspace holds, does not stop a release: its version still gets
     tags and alias. That it is missing is said in the log and in record.json.
     """
-    from mlflow.entities import Metric, RunTag
+    from mlflow.entities import LifecycleStage, Metric, RunTag
     from mlflow.exceptions import MlflowException
 
     client = registry.client
     try:
-        client.get_run(release.run_id)
+        gone = client.get_run(release.run_id).info.lifecycle_stage != LifecycleStage.ACTIVE
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"):
             with explained(registry, f"Run {release.run_id}"):
                 raise
+        gone = True
+    if gone:
         log.warning("run %s is not in %s; only the version is tagged", release.run_id, registry.tracking_uri)
         return [f"run {release.run_id} not found"] if release.version else []
     with explained(registry, f"Run {release.run_id}"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -174,11 +174,7 @@ def _resolve_run(registry: Registry, uri: ModelUri) -> ResolvedModel:
             run.info.artifact_uri,
             open_store(_opener(registry, root), path, "run"),
         )
-    # MLflow 3 keeps a model beside the run, not in it: runs:/ID/NAME is the run's logged model of that name
-    models = registry.client.search_logged_models(
-        experiment_ids=[run.info.experiment_id], filter_string=f"name = '{path}'" if "'" not in path else None
-    )
-    for model in models:
+    for model in _logged_models(registry, run.info.experiment_id, path):
         if model.source_run_id == uri.run_id and model.name == path:
             store = open_store(_opener(registry, f"models:/{model.model_id}"), "", "logged-model")
             return ResolvedModel(uri, "", "", "", uri.run_id or "", model.artifact_location, store)
@@ -186,6 +182,28 @@ def _resolve_run(registry: Registry, uri: ModelUri) -> ResolvedModel:
         f"ModelUri '{uri.text}': run {uri.run_id} has no model at '{path}'.",
         "Look the run's models up in MLflow, or name a registered model (models:/NAME@ALIAS).",
     )
+
+
+def _logged_models(registry: Registry, experiment: str, name: str) -> Iterator[Any]:
+    """The experiment's logged models of this name: MLflow 3 keeps a model beside its run, not in it.
+
+    Databricks cannot filter by run, so every page is looked through. A server before MLflow 3 has none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    token: str | None = None
+    while True:
+        try:
+            page = registry.client.search_logged_models(
+                [experiment], filter_string=f"name = '{name}'", page_token=token
+            )
+        except MlflowException as error:
+            if error_code(error)[0] == "ENDPOINT_NOT_FOUND":
+                return
+            raise
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def _opener(registry: Registry, uri: str) -> Callable[[], Any]:
@@ -223,6 +241,7 @@ def _check_host(uri: str) -> None:
     """One request, so that a wrong address fails in seconds and by its name."""
     if managed.is_managed(uri):
         return managed.prepare(uri)
+    tls: dict[str, Any] = {}
     if uri.startswith("databricks"):
         url = os.environ.get("DATABRICKS_HOST", "")
         if not url and "://" not in uri:
@@ -233,13 +252,16 @@ def _check_host(uri: str) -> None:
         if not url:
             return  # a profile of ~/.databrickscfg names the host
     elif uri.startswith(("http://", "https://")):
-        url = uri
+        from mlflow.utils.credentials import get_default_host_creds
+
+        creds = get_default_host_creds(uri)  # an own authority, a client certificate: MLFLOW_TRACKING_*
+        url, tls = uri, {"verify": creds.verify, "cert": creds.client_cert_path}
     else:
         return  # a local store
     if "://" not in url:
         url = f"https://{url}"
     try:
-        requests.get(url, timeout=(10, 30), allow_redirects=False, stream=True).close()
+        requests.get(url, timeout=(10, 30), allow_redirects=False, stream=True, **tls).close()
     except requests.RequestException as error:
         parts = urllib.parse.urlsplit(url)
         raise StepError(

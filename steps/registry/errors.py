@@ -45,6 +45,11 @@ def _explain(registry: RegistryName, subject: str, error: Exception) -> StepErro
         return StepError(
             f"{subject} does not exist in {where}: {text}.", "Correct the name, version or alias."
         )
+    if code == "ENDPOINT_NOT_FOUND":
+        return StepError(
+            f"{where} does not know a request that {subject} needs: {text[:150]}.",
+            "Update the server (logged models, models:/m-…, need MLflow 3), or name a registered version.",
+        )
     if code in ("UNAUTHENTICATED", "ExpiredToken", "InvalidAccessKeyId", "invalid_client") or status == 401:
         return StepError(
             f"{where} refused the credentials ({registry.credentials}) for {subject}: {text}.",

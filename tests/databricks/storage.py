@@ -25,6 +25,8 @@ def model_file(request: Any, path: str) -> Path:
             raise Refusal(403, "PERMISSION_DENIED", "The Files API is not enabled for MLflow artifacts")
         if parts[4:5] == ["Runs"] and parts[5] in request.workspace.runs:
             return request.workspace.runs[parts[5]]["folder"].joinpath(*parts[7:])
+        if parts[4:5] == ["LoggedModels"] and parts[5] in request.workspace.logged_models:
+            return request.workspace.logged_models[parts[5]]["folder"].joinpath(*parts[6:])
     if parts[0] != "Models" or len(parts) < 5:
         raise Refusal(404, "NOT_FOUND", f"No such path: {path}")
     return find_version(request.workspace, ".".join(parts[1:4]), parts[4]).folder.joinpath(*parts[5:])

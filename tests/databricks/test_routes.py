@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.databricks.conftest import NAME, Pull
-from tests.databricks.runner import Outcome
-from tests.databricks.tracking import add_run, add_workspace_model
+from tests.databricks.runner import Outcome, failed
+from tests.databricks.tracking import add_logged_model, add_run, add_workspace_model
 from tests.databricks.workspace import TOKEN, Workspace
 
 
@@ -68,3 +68,22 @@ def test_a_run(run_files: bool, workspace: Workspace, folder: Path, pull: Pull) 
     document = check(pull(f"runs:/{run_id}/model"), folder)
     assert document["run_id"] == run_id
     assert bool(workspace.count("POST .*/artifacts/credentials-for-read")) is not run_files
+
+
+def test_a_logged_model_among_many_of_its_name(workspace: Workspace, folder: Path, pull: Pull) -> None:
+    """Every run of an experiment logs a "model": the registry answers in pages, the newest first."""
+    run_id = add_run(workspace)
+    model_id = add_logged_model(workspace, "model", folder, run_id)
+    for _ in range(5):
+        add_logged_model(workspace, "model", folder.parent, "0" * 32)
+    for uri in (f"runs:/{run_id}/model", f"models:/{model_id}"):
+        document = check(pull(uri), folder)
+        assert (document["run_id"], document["route"]) == (run_id, "logged-model")
+    assert workspace.count("POST .*/logged-models/search") == 3
+
+
+def test_a_registry_before_logged_models(workspace: Workspace, pull: Pull) -> None:
+    run_id = add_run(workspace)
+    workspace.fail("/logged-models/", status=404, code="ENDPOINT_NOT_FOUND", times=9)
+    failed(pull(f"runs:/{run_id}/model"), "has no model at 'model'")
+    failed(pull(f"models:/m-{'0' * 32}"), "does not know a request", "MLflow 3")

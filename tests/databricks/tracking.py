@@ -77,8 +77,45 @@ def run_credentials(request: Any) -> Any:
     return {"credential_infos": infos}
 
 
+def add_logged_model(workspace: Workspace, name: str, folder: Path, run_id: str) -> str:
+    """A model that a run logged, as MLflow 3 keeps it: beside the run. Returns its id."""
+    model_id = f"m-{secrets.token_hex(16)}"
+    workspace.logged_models[model_id] = {"name": name, "folder": folder, "run_id": run_id}
+    return model_id
+
+
+def _logged_model(request: Any, model_id: str) -> dict[str, Any]:
+    found = request.workspace.logged_models.get(model_id)
+    if found is None:
+        raise Refusal(404, "RESOURCE_DOES_NOT_EXIST", f"Logged model '{model_id}' not found.")
+    info = {
+        "model_id": model_id,
+        "experiment_id": "1",
+        "name": found["name"],
+        "source_run_id": found["run_id"],
+        "status": "LOGGED_MODEL_READY",
+        "artifact_uri": f"dbfs:/databricks/mlflow-tracking/1/logged_models/{model_id}",
+    }
+    return {"info": info, "data": {}}
+
+
+def get_logged_model(request: Any, model_id: str) -> Any:
+    return {"model": _logged_model(request, model_id)}
+
+
 def search_logged_models(request: Any) -> Any:
-    return {"models": []}
+    """Newest first, two a page; of the filters only name = '…'."""
+    arguments, size = request.arguments(), 2
+    name = arguments.get("filter", "").partition("name = '")[2].rstrip("'")
+    known = request.workspace.logged_models
+    ids = [model_id for model_id in reversed(known) if name in ("", known[model_id]["name"])]
+    start = int(arguments.get("page_token") or 0)
+    page: dict[str, Any] = {
+        "models": [_logged_model(request, model_id) for model_id in ids[start : start + size]]
+    }
+    if start + size < len(ids):
+        page["next_page_token"] = str(start + size)
+    return page
 
 
 def add_workspace_model(workspace: Workspace, name: str, folder: Path, run_id: str = "") -> str:
@@ -142,6 +179,7 @@ ROUTES: list[Route] = [
     ("POST", f"{_API}/artifacts/credentials-for-read", run_credentials),
     ("POST", f"{_API}/artifacts/credentials-for-write", run_credentials),
     ("POST", f"{_API}/logged-models/search", search_logged_models),
+    ("GET", f"{_API}/logged-models/(?P<model_id>m-[0-9a-f]+)", get_logged_model),
     ("GET", f"{_API}/model-versions/get", get_workspace_version),
     ("GET", f"{_API}/model-versions/list-artifacts", list_version_artifacts),
     ("GET", f"{_API}/model-versions/get-signed-download-uri", sign_version_artifact),

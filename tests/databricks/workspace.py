@@ -88,6 +88,7 @@ class Workspace:
         self.route = route
         self.models: dict[str, Model] = {}
         self.runs: dict[str, dict[str, Any]] = {}
+        self.logged_models: dict[str, dict[str, Any]] = {}  # of MLflow 3, beside the runs
         self.run_files = True  # whether the Files API serves runs' artifacts
         self.missing_grants: set[tuple[str, str]] = set()  # (privilege, securable) that the principal lacks
         self.groups: list[str] = []  # that the principal is in

@@ -149,6 +149,14 @@ def test_a_run_that_is_gone_does_not_stop_the_version(version, root: Path, clien
     assert client.get_model_version(version.name, version.version).tags["mla.stage"] == "staging"
 
 
+def test_a_deleted_run_does_not_stop_the_version(version, root: Path, client) -> None:
+    """MLflow still answers for it, but lets nothing be written."""
+    client.delete_run(version.run_id)
+    give_release(root, version.name, version.version, version.run_id)
+    assert document(record(root, "staging"))["recorded"][0] == f"run {version.run_id} not found"
+    assert client.get_model_version_by_alias(version.name, "staging").tags["mla.stage"] == "staging"
+
+
 def test_nothing_to_record_on(root: Path) -> None:
     give_release(root, "-", "-", "-")
     failed(record(root, "staging"), "neither an MLflow model version nor a run")
