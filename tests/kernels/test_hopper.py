@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import random
 import re
 import shutil
 import subprocess
@@ -19,11 +18,11 @@ import torch
 
 from kernels import get_backend
 from kernels.checks import CheckCase, run_case
-from kernels.grid import LONG_TAIL
 from kernels.package import DecodeParams
 from kernels.timing import captured
 from kernels.versus import library_backend
 from kernels.workloads import make_inputs
+from tests.kernels.hopper_cases import BF16, CASES, FP8
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "csrc"
 INVALID, UNSUPPORTED = 1, 2
@@ -161,24 +160,6 @@ def test_workspace_grows_with_the_rows_of_a_tile(compiled: tuple[Path, str]) -> 
         library.mla_decode_workspace_bytes(ctypes.byref(valid_params(h_q=h))) for h in (1, 16, 17, 64, 128)
     ]
     assert sizes[0] == sizes[1] < sizes[2] < sizes[3] == sizes[4]
-
-
-RAGGED = random.Random(1).choices([0, 1, 63, 64, 65, 700, 1501, 2999], k=50)
-BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.uint8
-# From the simplest to the ragged; kernels.checks has the cases of every backend.
-CASES = [
-    CheckCase("one tile", (64,), 1, 64, 512, 64, BF16, BF16),
-    CheckCase("part of a tile", (37,), 1, 64, 512, 64, BF16, BF16),
-    CheckCase("two parts", (128,), 1, 16, 512, 64, BF16, BF16),
-    CheckCase("many parts", (1000,), 1, 16, 512, 64, FP16, FP16),
-    CheckCase("two row tiles", (700, 64, 5), 1, 128, 512, 64, BF16, BF16),
-    CheckCase("one head, short rows", (5, 0, 64, 65, 3, 1), 1, 1, 512, 64, BF16, BF16),
-    CheckCase("more rows than multiprocessors", tuple(range(1, 1501, 10)), 1, 16, 512, 64, BF16, BF16),
-    CheckCase("100 heads, causal", tuple(RAGGED), 2, 100, 512, 64, BF16, BF16, True),
-    CheckCase("128 heads, 4 queries", (4000, 3, 257), 4, 128, 512, 64, BF16, BF16, True),
-    CheckCase("all empty", (0, 0, 0), 1, 16, 512, 64, BF16, BF16),
-    CheckCase("long tail", LONG_TAIL, 4, 16, 512, 64, BF16, BF16, True),
-]
 
 
 @pytest.mark.gpu

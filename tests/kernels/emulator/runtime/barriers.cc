@@ -1,0 +1,123 @@
+// Named barriers (PTX ISA: bar.sync, bar.arrive, aligned) and mbarriers (PTX ISA: "Asynchronous Barrier").
+#include "machine.h"
+
+namespace emulator {
+namespace {
+
+struct NamedArgument {
+  int barrier, threads;
+  bool wait;
+};
+
+// A warp arrives as 32 threads.
+bool arrive(Warp& warp, void* const* arguments) {
+  const auto argument = *static_cast<NamedArgument*>(arguments[0]);
+  for (int lane = 1; lane < 32; ++lane) {
+    const auto& other = *static_cast<NamedArgument*>(arguments[lane]);
+    if (other.barrier != argument.barrier || other.threads != argument.threads) {
+      fail("lanes of a warp name different barriers: %d and %d", argument.barrier, other.barrier);
+    }
+  }
+  if (argument.barrier < 0 || argument.barrier > 15 || argument.threads % 32 != 0) {
+    fail("barrier %d with %d threads: barriers are 0 to 15, for whole warps", argument.barrier, argument.threads);
+  }
+  NamedBarrier& barrier = warp.cta->named[argument.barrier];
+  if (barrier.arrived == 0) barrier.expected = argument.threads;
+  if (barrier.expected != argument.threads) {
+    fail("barrier %d for %d threads, others who arrived have said %d", argument.barrier, argument.threads, barrier.expected);
+  }
+  barrier.arrived += 32;
+  if (argument.wait) barrier.waiting.push_back(&warp);
+  if (barrier.arrived < barrier.expected) return !argument.wait;
+  for (Warp* waiting : barrier.waiting) {
+    if (waiting != &warp) make_ready(*waiting, kAllLanes);
+  }
+  barrier = {};
+  return true;
+}
+
+MBarrier& at(Cta& cta, uint32_t address) {
+  shared_at(cta, address, 8, 8);
+  const auto found = cta.mbarriers.find(address);
+  if (found == cta.mbarriers.end()) fail("0x%x is no initialised mbarrier", address);
+  return found->second;
+}
+
+void end_phase_if_complete(MBarrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.arrivals;
+  for (Thread* thread : barrier.waiting) make_ready(*thread->warp, 1u << thread->lane());
+  barrier.waiting.clear();
+}
+
+bool passed(const MBarrier& barrier, uint32_t parity) { return (barrier.phase & 1) != (parity & 1); }
+
+}  // namespace
+
+void named_barrier(int barrier, int threads, bool wait, Place place) {
+  if (dropped(place)) return;
+  machine.current->operand[0] = barrier;
+  NamedArgument argument = {barrier, threads, wait};
+  collective(wait ? "named_sync" : "named_arrive", place, &argument, arrive);
+}
+
+void sync_cta(Place place) {
+  if (dropped(place)) return;
+  machine.current->operand[0] = 0;
+  NamedArgument argument = {0, static_cast<int>(machine.launch.threads), true};
+  collective("__syncthreads (named_sync)", place, &argument, arrive);
+}
+
+void mbarrier_init(uint32_t barrier, uint32_t arrivals, Place place) {
+  Thread& thread = enter("mbarrier_init", place);
+  shared_at(*thread.cta, barrier, 8, 8);
+  if (arrivals < 1 || arrivals > (1 << 20) - 1) fail("%u arrivals: an mbarrier takes 1 to 2^20 - 1", arrivals);
+  thread.cta->mbarriers[barrier] = MBarrier{arrivals, arrivals, 0, 0, {}};
+}
+
+void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
+  if (dropped(place)) return;
+  Thread& thread = enter(expected_bytes ? "mbarrier_expect" : "mbarrier_arrive", place);
+  MBarrier& b = at(*thread.cta, barrier);
+  b.bytes += expected_bytes;
+  if (b.bytes >= 1 << 20) fail("0x%x expects %lld bytes, an mbarrier counts to 2^20 - 1", barrier, static_cast<long long>(b.bytes));
+  if (b.pending == 0) {
+    fail("all %u arrivals of phase %u of 0x%x have come, %lld bytes are missing: one arrival too many", b.arrivals, b.phase,
+         barrier, static_cast<long long>(b.bytes));
+  }
+  --b.pending;
+  end_phase_if_complete(b);
+}
+
+// The kernels announce bytes before they ask for them, so a count below 0 is a wrong number, though the ISA allows it.
+void complete_copy(const Copy& copy) {
+  MBarrier& b = copy.cta->mbarriers.at(copy.barrier);
+  b.bytes -= copy.bytes;
+  if (b.bytes < 0) {
+    fail("its %u bytes are %lld more than phase %u of 0x%x expects", copy.bytes, static_cast<long long>(-b.bytes), b.phase,
+         copy.barrier);
+  }
+  end_phase_if_complete(b);
+}
+
+void mbarrier_wait(uint32_t barrier, uint32_t parity, Place place) {
+  if (dropped(place)) return;
+  parity ^= dropped(place, true);
+  Thread& thread = enter("mbarrier_wait", place);
+  MBarrier& b = at(*thread.cta, barrier);
+  thread.operand[0] = barrier;
+  thread.operand[1] = parity;
+  while (!passed(b, parity)) {
+    b.waiting.push_back(&thread);
+    park();
+  }
+}
+
+// May miss a phase that has just completed, as an earlier test would have.
+bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place) {
+  Thread& thread = enter("mbarrier_test", place);
+  return passed(at(*thread.cta, barrier), parity) && !machine.one_in(4);
+}
+
+}  // namespace emulator

@@ -1,0 +1,150 @@
+// A cooperative launch: every CTA of the grid is resident.
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <string.h>
+
+#include "machine.h"
+
+namespace emulator {
+namespace {
+
+void (*body)(const void*);
+const void* context;
+
+void thread_main() {
+  body(context);
+  Thread& thread = *machine.current;
+  thread.returned = true;
+  thread.doing = "has returned";
+  if (!thread.warp->products.empty()) fail("wgmma is still in flight");
+  --machine.live;
+  if (--thread.cta->live == 0) {
+    for (const Copy& copy : machine.copies) {
+      if (copy.cta == thread.cta) fail("the CTA ends while a copy from line %d is in flight", copy.place.line);
+    }
+  }
+  park();
+}
+
+// "void mla_hopper::kernel<T>(...)" -> "kernel<T>".
+std::string kernel_name(const void* function) {
+  Dl_info info;
+  if (dladdr(function, &info) == 0 || info.dli_sname == nullptr) return "a kernel";
+  int status = 0;
+  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
+  std::string name = demangled ? demangled : info.dli_sname;
+  free(demangled);
+  if (name.compare(0, 5, "void ") == 0) name.erase(0, 5);
+  for (size_t at; (at = name.find("mla_hopper::")) != std::string::npos;) name.erase(at, 12);
+  return name.substr(0, name.find('('));
+}
+
+std::unique_ptr<Cta> make_cta(unsigned index, const Launch& launch, char* stacks) {
+  auto cta = std::make_unique<Cta>();
+  cta->index = index;
+  cta->shared = shared_memory_of(index);
+  memset(cta->shared, 0xFF, launch.shared_bytes);  // NaN in every format
+  cta->unfenced.assign(launch.shared_bytes / 4 + 1, 0);
+  // The compiler gives a kernel with setmaxnreg what its launch bounds leave to a thread.
+  const int registers = std::min(kRegisterFile / static_cast<int>(launch.threads) / 8 * 8, 248);
+  cta->free_registers = kRegisterFile - registers * static_cast<int>(launch.threads);
+  cta->live = launch.threads;
+  cta->warps.resize(launch.threads / 32);
+  for (unsigned i = 0; i < launch.threads; ++i) {
+    machine.threads.push_back(std::make_unique<Thread>());
+    Thread& thread = *machine.threads.back();
+    thread.cta = cta.get();
+    thread.warp = &cta->warps[i / 32];
+    thread.index = i;
+    thread.warp->threads[i % 32] = &thread;
+    start_fiber(thread.fiber, stacks + (size_t(index) * launch.threads + i) * kStackBytes, thread_main);
+  }
+  for (size_t i = 0; i < cta->warps.size(); ++i) {
+    Warp& warp = cta->warps[i];
+    warp.cta = cta.get();
+    warp.index = i;
+    warp.registers = registers;
+    make_ready(warp, kAllLanes);
+  }
+  return cta;
+}
+
+// What all warps of a warpgroup have to do alike, though nothing waits for it.
+void check_warpgroups() {
+  for (auto& cta : machine.ctas) {
+    for (size_t i = 0; i + 3 < cta->warps.size(); i += 4) {
+      for (size_t j = i + 1; j < i + 4; ++j) {
+        const Warp &first = cta->warps[i], &other = cta->warps[j];
+        const char* what = first.products_issued != other.products_issued ? "wgmma"
+                           : first.register_changes != other.register_changes || first.registers != other.registers
+                               ? "setmaxnreg"
+                               : nullptr;
+        if (what != nullptr) {
+          machine.failed = true;
+          machine.error = machine.kernel + ": warps " + std::to_string(i) + " and " + std::to_string(j) + " of CTA " +
+                          std::to_string(cta->index) + " are one warpgroup, but executed " + what + " differently";
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Index3 thread_index() { return {static_cast<unsigned>(machine.current->index), 0, 0}; }
+Index3 block_index() { return {machine.current->cta->index, 0, 0}; }
+int multiprocessors() { return machine.options.multiprocessors; }
+const char* error_text() { return machine.error.c_str(); }
+
+bool run_grid(const Launch& launch, void (*kernel)(const void*), const void* arguments) {
+  machine.launch = launch;
+  machine.host_stack = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+  machine.kernel = kernel_name(launch.function);
+  machine.failed = false;
+  machine.error.clear();
+  machine.copies.clear();
+  machine.watchers.clear();
+  machine.ctas.clear();
+  machine.threads.clear();
+  machine.mapped = nullptr;
+  machine.blame = nullptr;
+  machine.random.seed(machine.options.seed);
+  constexpr unsigned kRates[] = {1, 4, 32, 256, 0};
+  machine.copy_rate = kRates[machine.random() % 5];
+  machine.product_rate = kRates[machine.random() % 5];
+  machine.switch_rate = kRates[2 + machine.random() % 2];
+  machine.yield_rate = kRates[2 + machine.random() % 3];
+  // Dynamic shared memory begins behind what the system keeps, aligned to 16 bytes or to what the kernel asks for.
+  machine.shared_base = 1024 + 0;
+  if (launch.ctas > static_cast<unsigned>(multiprocessors()) || launch.shared_bytes > kMostShared || launch.threads % 32 != 0) {
+    machine.error = machine.kernel + ": the grid is not resident, or a CTA is too large";
+    return false;
+  }
+  body = kernel;
+  context = arguments;
+  shared_memory_of(launch.ctas - 1);
+  char* stacks = fiber_stacks(size_t(launch.ctas) * launch.threads);
+  for (unsigned i = 0; i < launch.ctas; ++i) machine.ctas.push_back(make_cta(i, launch, stacks));
+  machine.live = launch.ctas * launch.threads;
+  run_until_done();
+  machine.current = nullptr;
+  if (!machine.failed) check_warpgroups();
+  return !machine.failed;
+}
+
+}  // namespace emulator
+
+// For ctypes: how the next runs go. `fault` is "file:line" of an operation to leave out, "!file:line" of a wait whose
+// parity to invert, or empty.
+extern "C" void emulator_configure(uint64_t seed, int multiprocessors, const emulator::Region* regions, int count,
+                                   const char* fault) {
+  emulator::Options& options = emulator::machine.options;
+  options.seed = seed;
+  options.multiprocessors = multiprocessors;
+  options.regions.assign(regions, regions + count);
+  options.fault_inverts = fault[0] == '!';
+  const std::string place = fault + options.fault_inverts;
+  const size_t colon = place.find(':');
+  options.fault_file = place.substr(0, colon);
+  options.fault_line = colon == std::string::npos ? 0 : std::stoi(place.substr(colon + 1));
+}

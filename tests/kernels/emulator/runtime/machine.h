@@ -1,0 +1,202 @@
+// The state of an emulated launch. One operating system thread runs everything: CUDA threads are fibers, and a seed
+// decides which of those that can go on does, and when asynchronous work is done.
+#ifndef EMULATOR_MACHINE_H_
+#define EMULATOR_MACHINE_H_
+
+#include <stdint.h>
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "fiber.h"
+#include "interface.h"
+#include "tensor_map.h"
+
+namespace emulator {
+
+constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+constexpr uint32_t kMostShared = 232448;  // bytes a CTA can ask for
+constexpr int kRegisterFile = 65536;
+
+struct Cta;
+struct Warp;
+
+struct Thread {
+  Fiber fiber;
+  Cta* cta;
+  Warp* warp;
+  int index;  // in the CTA
+  bool returned = false;
+  const char* doing = "begins";  // last emulated operation, and where
+  Place place = {"", 0};
+  uint32_t operand[2] = {0, 0};             // of a wait, for reports
+  const uint32_t* polled = nullptr;         // load_acquire that would read the same again
+  uint32_t polled_value = 0;
+  std::vector<uint32_t> unfenced;           // shared words written since its last proxy fence
+  int lane() const { return index & 31; }
+};
+
+// Accumulators of one warp that products in flight are adding to: 16 rows of `columns`.
+struct Accumulators {
+  float* registers[32];
+  int columns;
+  std::vector<float> value;
+};
+
+struct PendingProduct {
+  WarpgroupProduct product;
+  const uint32_t* a_registers[32];
+  std::shared_ptr<Accumulators> target;
+  uint64_t group;
+  bool executed;
+  Place place;
+};
+
+struct Warp {
+  Cta* cta;
+  int index;
+  Thread* threads[32];
+  uint32_t ready = 0;  // lanes that can go on
+  // The collective that lanes are gathering for.
+  uint32_t arrived = 0;
+  const char* collective = nullptr;
+  Place collective_place = {"", 0};
+  void* arguments[32];
+  // Warpgroup instructions.
+  int registers;  // of a thread
+  int register_changes = 0;
+  uint64_t products_issued = 0, open_group = 0;
+  bool fenced = false;
+  std::deque<PendingProduct> products;
+};
+
+struct MBarrier {
+  uint32_t arrivals, pending;
+  int64_t bytes = 0;  // expected and not yet there
+  uint32_t phase = 0;
+  std::vector<Thread*> waiting;
+};
+
+struct NamedBarrier {
+  int expected = 0, arrived = 0;
+  std::vector<Warp*> waiting;
+};
+
+struct Copy {
+  Cta* cta;
+  uint32_t destination, bytes, barrier;
+  const char* source;  // of bytes in a row, or nullptr and
+  TensorMap map;       // where a box begins
+  int at[3];
+  int thread;
+  Place place;
+};
+
+struct Cta {
+  unsigned index;
+  char* shared;       // its memory, wherever it is mapped besides
+  std::vector<Warp> warps;
+  std::vector<Thread*> threads;
+  std::vector<Warp*> ready;
+  std::unordered_map<uint32_t, MBarrier> mbarriers;
+  NamedBarrier named[16];
+  std::vector<uint16_t> unfenced;  // for each word: 1 + thread that wrote it and ran no proxy fence since
+  int free_registers;
+  int live;
+};
+
+// Lanes of a warp that wait for something nobody announces.
+struct Watcher {
+  Warp* warp;
+  uint32_t lanes;
+  std::function<bool()> ready;
+};
+
+// A tensor that the kernel may touch.
+struct Region {
+  const char* name;
+  uintptr_t begin, bytes;
+  int writable;
+};
+
+struct Options {
+  uint64_t seed = 0;
+  int multiprocessors = 8;
+  std::vector<Region> regions;
+  std::string fault_file;  // at this line the operation is left out, or its parity inverted
+  int fault_line = 0;
+  bool fault_inverts = false;
+};
+
+// Who asked for the asynchronous work that is being done.
+struct Blame {
+  const Cta* cta;
+  int thread;
+  const char* doing;
+  Place place;
+};
+
+struct Machine {
+  Options options;
+  Launch launch;
+  uintptr_t host_stack;  // where the launching function's variables begin
+  std::string kernel;
+  std::mt19937_64 random;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Copy> copies;
+  std::vector<Watcher> watchers;
+  Thread* current = nullptr;
+  const Blame* blame = nullptr;
+  Cta* mapped = nullptr;  // whose shared memory is where kernels' pointers point
+  uint32_t shared_base;   // 32-bit address of what dynamic_smem names
+  Fiber scheduler;
+  int live = 0;
+  bool failed = false;
+  std::string error;
+  // How this seed behaves: one in so many steps.
+  unsigned copy_rate, product_rate, switch_rate, yield_rate;
+
+  bool one_in(unsigned n) { return n != 0 && random() % n == 0; }
+};
+extern Machine machine;
+
+// scheduler.cc
+void park();                                    // the current thread until somebody readies it
+void make_ready(Warp& warp, uint32_t lanes);
+void wait_until(Warp& warp, uint32_t lanes, std::function<bool()> ready);  // readies them; then park()
+void run_until_done();
+
+// Notes what the current thread does, gives others a chance, and returns it; says whether a fault drops it.
+Thread& enter(const char* doing, Place place);
+bool dropped(Place place, bool inverting = false);
+
+// Ends the launch with this text, after kernel, CTA, warp, lane and place of the current thread or blame.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// collectives.cc: gathers the warp; the last lane runs `action`, which says whether the lanes may go on at once.
+void collective(const char* name, Place place, void* argument, bool (*action)(Warp& warp, void* const* arguments));
+
+// copies.cc, wgmma.cc, barriers.cc: what the scheduler asks for.
+void execute_copy(size_t index);
+void execute_product(Warp& warp);
+bool products_waiting(const Warp& warp);
+void complete_copy(const Copy& copy);
+
+// memory.cc
+void map_shared(Cta& cta);
+char* shared_memory_of(unsigned cta);
+void* shared_at(Cta& cta, uint32_t address, uint32_t bytes, uint32_t alignment);  // checked
+void read_by_async_proxy(Cta& cta, uint32_t address, uint32_t bytes);              // checked
+void wrote_shared(Thread& thread, uint32_t address, uint32_t bytes);
+void plain_access(const void* pointer, uint32_t bytes, bool write);
+void check_global(const void* pointer, uint64_t bytes, uint32_t alignment, bool write);
+
+}  // namespace emulator
+
+#endif  // EMULATOR_MACHINE_H_
