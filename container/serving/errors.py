@@ -7,11 +7,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from container.serving.chat_template import ChatTemplateError
 from container.serving.loop import Overloaded, Stopped
 from container.serving.sequence import BadRequest
 from container.serving.tokenizer import TokenizerMissing
 
 log = logging.getLogger(__name__)
+LONGEST_MESSAGE = 1024  # what it repeats of a request may be of any length
 
 
 class TooLarge(ValueError):
@@ -33,6 +35,7 @@ class GenerationFailed(RuntimeError):
 STATUSES: dict[type[Exception], tuple[int, str]] = {
     BadRequest: (400, "invalid_request_error"),
     TokenizerMissing: (400, "invalid_request_error"),
+    ChatTemplateError: (400, "invalid_request_error"),
     TooLarge: (413, "invalid_request_error"),
     WrongType: (415, "invalid_request_error"),
     Overloaded: (503, "overloaded_error"),
@@ -43,6 +46,8 @@ STATUSES: dict[type[Exception], tuple[int, str]] = {
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    if len(message) > LONGEST_MESSAGE:
+        message = message[: LONGEST_MESSAGE - 3] + "..."
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -60,8 +65,8 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     text = f"{request.method} {request.url.path} is not served here"
-    status = error.status_code if isinstance(error, HTTPException) else 404
-    return JSONResponse(error_body(text, "invalid_request_error"), status)
+    status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (404, None)
+    return JSONResponse(error_body(text, "invalid_request_error"), status, headers)
 
 
 # every error of an application becomes JSON of one form

@@ -1,12 +1,17 @@
 """Text to token ids and back: a wrapper of a tokenizer.json, and the incremental detokenizer of a stream."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
+from tokenizers.decoders import ByteLevel
+
+from container.serving.chat_template import ChatTemplate
+from container.serving.config_json import read_json
+
+
+class TokenizerBroken(ValueError):
+    """tokenizer.json cannot be used; names it."""
 
 
 class TokenizerMissing(ValueError):
@@ -16,20 +21,21 @@ class TokenizerMissing(ValueError):
 class Tokenizer:
     """A Hugging Face tokenizer.json, with the special tokens and chat template of tokenizer_config.json.
 
-    Built with path None it only refuses: every use of text raises TokenizerMissing.
+    Built with path None it only refuses: every use of text raises TokenizerMissing. Building it raises
+    TokenizerBroken, or NotMlaModel for tokenizer_config.json.
     """
 
     def __init__(self, path: Path | None):
-        self._inner = _Tokenizer.from_file(str(path)) if path else None
+        self._inner = _read(path) if path else None
         config = path.with_name("tokenizer_config.json") if path else None
-        self.config: dict[str, Any] = json.loads(config.read_text()) if config and config.is_file() else {}
+        settings = read_json(config) if config and config.is_file() else {}
         template = path.with_name("chat_template.jinja") if path else None
         if template and template.is_file():
-            self.config["chat_template"] = template.read_text()
-        source = self.config.get("chat_template")
-        # the template comes with the model, so it runs sandboxed
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        self._template = environment.from_string(source) if isinstance(source, str) else None
+            settings["chat_template"] = template.read_text(encoding="utf-8")
+        self._chat = ChatTemplate(settings)
+        byte_level = self._inner is not None and isinstance(self._inner.decoder, ByteLevel)
+        self._byte_of = _byte_letters() if byte_level else {}
+        self._added = frozenset(self._inner.get_added_tokens_decoder()) if self._inner else frozenset()
 
     @property
     def available(self) -> bool:
@@ -53,18 +59,44 @@ class Tokenizer:
         return self._need().decode(list(ids), skip_special_tokens=True)
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation through the checkpoint's chat template. Raises TokenizerMissing."""
+        """Token ids of a conversation by the chat template. Raises TokenizerMissing, ChatTemplateError."""
         self._need()
-        if self._template is None:
-            raise TokenizerMissing("the checkpoint has no chat template; use a prompt instead of messages")
-        special = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, str)}
-        text = self._template.render(messages=messages, add_generation_prompt=True, **special)
-        return self.encode(text, special=False)
+        return self.encode(self._chat.render(messages), special=False)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The UTF-8 of one token, special ones included, perhaps a part of a character; None when unknown."""
+        if self._inner is None or (name := self._inner.id_to_token(token_id)) is None:
+            return None
+        if token_id not in self._added and self._byte_of.keys() >= set(name):
+            return bytes(self._byte_of[letter] for letter in name)
+        return self._inner.decode([token_id], skip_special_tokens=False).encode()
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own name of one id, for logprobs; its number when there is no tokenizer."""
-        name = self._inner.id_to_token(token_id) if self._inner else None
-        return str(token_id) if name is None else name
+        """One token as log probabilities show it: its text, "bytes:\\xf0\\x9f" for a part of a character (as
+        OpenAI has it), and its number when there is no tokenizer."""
+        data = self.token_bytes(token_id)
+        if data is None:
+            return str(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _read(path: Path) -> _Tokenizer:
+    try:
+        return _Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerBroken(
+            f"{path} cannot be read ({error}); save the tokenizer again, or remove it to serve token ids"
+        ) from None
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte of each letter of a byte-level vocabulary: printable bytes are themselves, the rest 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 class Detokenizer:
@@ -80,6 +112,7 @@ class Detokenizer:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
         self._read = 0  # tokens whose text has been taken over
+        self._open = 0  # characters at its end that were not: they may still become another one
         self.text = ""
         self._sent = 0
         self.stopped = False
@@ -108,10 +141,13 @@ class Detokenizer:
         start = max(0, self._read - self.CONTEXT)
         before = self._tokenizer.decode(self._ids[start : self._read])
         now = self._tokenizer.decode(self._ids[start:])
-        if now.endswith("\ufffd") and not final and len(self._ids) - self._read < 4:
+        unfinished = now.endswith("\ufffd") and not final
+        if unfinished and len(self._ids) - self._read < 4:
             return  # a character of UTF-8 has at most four bytes
-        self.text += now[len(before) :]
-        self._read = len(self._ids)
+        # tokens may go on ending inside of characters: what comes before the last of these is certain
+        end = len(now) - unfinished
+        self.text += now[len(before) - self._open : end]
+        self._read, self._open = len(self._ids), int(unfinished)
 
     def _release(self, final: bool) -> str:
         longest = max((len(s) for s in self._stop), default=0)
