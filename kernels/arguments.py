@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -13,6 +13,8 @@ from kernels.reference import FP8_LATENT, FP8_TOKEN_BYTES
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_WIDTH = FP8_LATENT + 64
+FP8_VIEWS = (torch.float8_e4m3fn, torch.int8)  # what flash_mla calls fp8_ds_mla's bytes, besides uint8
+LARGEST_SCALE = torch.finfo(torch.float32).max  # kernels multiply by it in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +69,20 @@ def check_arguments(
     Reads metadata only, never tensor contents: block indices and lengths are checked by the backend.
     """
     tensors = {"q": q, "k_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
+    check_tensors(**tensors)
     if q.dim() != 4:
         _refuse("q", f"has shape {list(q.shape)}", "4 dimensions [b, s_q, h_q, kv_lora_rank + rope]")
     if q.dtype not in FLOAT_DTYPES:
         _refuse("q", f"is {q.dtype}", "bfloat16, float16 or float32")
-    b, _, _, width = q.shape
+    b, s_q, h_q, width = q.shape
+    if not s_q or not h_q:
+        _refuse("q", f"has shape {list(q.shape)}", "at least one query (s_q) and one head (h_q)")
     if k_cache.dim() != 4 or k_cache.shape[2] != 1:
         _refuse(
             "k_cache", f"has shape {list(k_cache.shape)}", "[num_blocks, page_size, 1, kv_lora_rank + rope]"
         )
+    if not k_cache.shape[1]:
+        _refuse("k_cache", "has pages of 0 tokens", "at least 1")
     if k_cache.dtype == torch.uint8:
         if k_cache.shape[3] != FP8_TOKEN_BYTES:
             _refuse("k_cache", f"holds {k_cache.shape[3]} bytes a token", f"{FP8_TOKEN_BYTES} (fp8_ds_mla)")
@@ -104,8 +108,39 @@ def check_arguments(
             _refuse(name, f"is on {tensor.device}", f"{q.device}, where q is")
         if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             _refuse(name, f"has stride {tensor.stride(-1)} in its last dimension", "1; call .contiguous()")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        _refuse("softmax_scale", f"is {softmax_scale}", "a finite number")
+    if softmax_scale is not None:
+        if not isinstance(softmax_scale, Real):
+            raise TypeError(f"softmax_scale is {type(softmax_scale).__name__}, expected a number")
+        if not abs(softmax_scale) <= LARGEST_SCALE:
+            _refuse("softmax_scale", f"is {softmax_scale}", "a finite float32")
+
+
+def check_tensors(**arguments: object) -> None:
+    """TypeError naming the first of `arguments` that is no tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
+
+
+def check_contents(block_table: Tensor, cache_seqlens: Tensor, num_blocks: int, page_size: int) -> None:
+    """Raise ValueError for a length or a used block index that lies outside of table and cache.
+
+    The cpu target checks the same in C; here for kernels in Python, which would read other memory or crash.
+    It waits for a GPU.
+    """
+    capacity = block_table.shape[1] * page_size
+    bad = ((cache_seqlens < 0) | (cache_seqlens > capacity)).nonzero()
+    if len(bad):
+        row = int(bad[0, 0])
+        expected = f"0 to {capacity} (max_blocks_per_seq * page_size)"
+        _refuse(f"cache_seqlens[{row}]", f"is {int(cache_seqlens[row])}", expected)
+    first_token = torch.arange(0, capacity, page_size, device=block_table.device)
+    used = first_token < cache_seqlens[:, None]
+    bad = (used & ((block_table < 0) | (block_table >= num_blocks))).nonzero()
+    if len(bad):
+        row, page = map(int, bad[0])
+        expected = f"0 to {num_blocks - 1} (num_blocks - 1)"
+        _refuse(f"block_table[{row}, {page}]", f"is {int(block_table[row, page])}", expected)
 
 
 def _refuse(argument: str, found: str, expected: str) -> NoReturn:

@@ -19,7 +19,10 @@ AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 1e-3}
 
 
 class AutoBackend:
-    """Picks among `available_backends(kernel_dir, device)` for each problem class (device, dtypes, sizes)."""
+    """Picks among `available_backends(kernel_dir, device)` for each problem class (device, dtypes, sizes).
+
+    The first call of a class decides for the others: let it have lengths like theirs.
+    """
 
     name = "auto"
 
@@ -43,14 +46,20 @@ class AutoBackend:
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
         """Run the problem on its class's backend, choosing it first when the class is new."""
-        batch, *rest = q.shape
-        # Lengths stay on their device, so the table's width stands for them.
-        sizes = (batch.bit_length(), *rest, head_dim_v, k_cache.shape[1], block_table.shape[1].bit_length())
-        key = (q.device, q.dtype, k_cache.dtype, sizes, torch.get_num_threads())
-        backend = self._chosen.get(key)
         arguments = (q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
+        try:
+            batch, *rest = q.shape
+            # Lengths stay on their device, so the table's width stands for them.
+            sizes = (
+                batch.bit_length(), *rest, head_dim_v, k_cache.shape[1], block_table.shape[1].bit_length()
+            )  # fmt: skip
+            key = (q.device, q.dtype, k_cache.dtype, sizes, torch.get_num_threads())
+        except (AttributeError, IndexError, ValueError):
+            check_arguments(*arguments[:-1])
+            raise
+        backend = self._chosen.get(key)
         if backend is None:
-            check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
+            check_arguments(*arguments[:-1])
             backend = self._chosen[key] = self.choose(*arguments)
         return backend(*arguments)
 

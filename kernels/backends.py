@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import build
-from kernels.arguments import Problem, check_arguments
+from kernels.arguments import Problem, check_arguments, check_contents
 from kernels.package import KernelIndex, KernelPackage
 from kernels.reference import mla_decode_absorbed
 
@@ -58,6 +58,7 @@ class ReferenceBackend:
     def unsupported(self, problem: Problem) -> str | None:
         return None
 
+    @torch.no_grad()
     def __call__(
         self,
         q: Tensor,
@@ -69,6 +70,7 @@ class ReferenceBackend:
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
         check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
+        check_contents(block_table, cache_seqlens, *k_cache.shape[:2])
         out, lse = mla_decode_absorbed(
             q,
             k_cache,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arguments import Problem, check_arguments
+from kernels.arguments import Problem, check_arguments, check_tensors
 from kernels.package import DecodeParams, KernelPackage
 from kernels.workspace import Workspaces
 
@@ -18,6 +18,10 @@ ERROR_BYTES = 512
 INVALID_ARGUMENT = 1
 UNSUPPORTED = 2
 MAX_PLANS = 256
+# What csrc/cpu takes at most: `auto` passes it over beyond that, instead of failing in it.
+CPU_LARGEST = {
+    "batch": 1 << 20, "s_q": 64, "h_q": 1024, "kv_lora_rank": 4096, "rope_dim": 1024, "page_size": 1 << 20
+}  # fmt: skip
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
@@ -77,12 +81,17 @@ class CompiledBackend:
     ) -> tuple[Tensor, Tensor]:
         """Run the operator. ValueError for a bad argument, NotImplementedError for what the target lacks."""
         local = self._local
-        key = (
-            q.shape, q.stride(), q.dtype, k_cache.shape, k_cache.stride(), k_cache.dtype, block_table.shape,
-            block_table.stride(), block_table.dtype, cache_seqlens.shape, cache_seqlens.stride(),
-            cache_seqlens.dtype, q.device, k_cache.device, block_table.device, cache_seqlens.device,
-            head_dim_v, softmax_scale, causal, 0 if self._on_gpu else torch.get_num_threads(),
-        )  # fmt: skip
+        try:
+            key = (
+                q.shape, q.stride(), q.dtype, k_cache.shape, k_cache.stride(), k_cache.dtype,
+                block_table.shape, block_table.stride(), block_table.dtype, cache_seqlens.shape,
+                cache_seqlens.stride(), cache_seqlens.dtype, q.device, k_cache.device, block_table.device,
+                cache_seqlens.device,
+                head_dim_v, softmax_scale, causal, 0 if self._on_gpu else torch.get_num_threads(),
+            )  # fmt: skip
+        except AttributeError:
+            check_tensors(q=q, k_cache=k_cache, block_table=block_table, cache_seqlens=cache_seqlens)
+            raise
         plan = local.plans.get(key)
         if plan is None:
             plan = self._plan(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
@@ -170,6 +179,9 @@ def _cpu_unsupported(problem: Problem) -> str | None:
     for name, value in (("kv_lora_rank", problem.kv_lora_rank), ("rope_dim", problem.rope_dim)):
         if value % 16:
             return f"{name} is {value}, target cpu needs a multiple of 16"
+    for name, most in CPU_LARGEST.items():
+        if getattr(problem, name) > most:
+            return f"{name} is {getattr(problem, name)}, target cpu takes at most {most}"
     return None
 
 

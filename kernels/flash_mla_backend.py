@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arguments import Problem, check_arguments, empty_result
+from kernels.arguments import Problem, check_arguments, check_contents, empty_result
 from kernels.backends import BackendError
 from kernels.package import FLASH_MLA, FLASH_MLA_INTERFACE, FlashMlaPackage
 from kernels.workloads import make_inputs
@@ -71,7 +71,9 @@ class FlashMlaBackend:
         """As `kernels.flash_mla_with_kvcache`; the schedule is computed in the call, since lengths change."""
         check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
         if reason := self.unsupported(Problem.of(q, k_cache, head_dim_v, causal)):
-            raise ValueError(reason)
+            raise NotImplementedError(f"backend flash_mla: {reason}")
+        if q.device.type == "cpu":
+            check_contents(block_table, cache_seqlens, *k_cache.shape[:2])
         if not len(q):  # FlashMLA refuses a batch without rows
             return empty_result(q, head_dim_v)
         if softmax_scale <= 0:  # FlashMLA takes the maximum before it scales, so its scale must be positive

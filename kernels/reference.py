@@ -128,9 +128,7 @@ def mla_decode_absorbed(
             torch.full((b, h_q, s_q), float("inf"), device=q.device),
         )
     table = block_table[:, : (longest + page_size - 1) // page_size]
-    if k_cache.dtype == torch.uint8:
-        k_cache = dequantize_fp8_ds_mla(k_cache, compute_dtype or q.dtype)
-    dtype = compute_dtype or k_cache.dtype
+    dtype = compute_dtype or (q.dtype if k_cache.dtype == torch.uint8 else k_cache.dtype)
     counts = visible_tokens(cache_seqlens, s_q, causal)  # [b, s_q]
     masked = int(counts.min()) < longest if length is None else causal and s_q > 1
     if not masked:
@@ -156,12 +154,13 @@ def _attend(
     stale: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gather, score, softmax, sum.
+    """Gather, unpack, score, softmax, sum.
 
     `stale` [b, longest] is memory that may hold NaN, `hidden` [b, s_q * h_q, longest] what a query must skip.
     """
     b, s_q, h_q, width = q.shape
-    keys = k_cache[table.long(), :, 0].flatten(1, 2)[:, :longest].to(dtype)
+    keys = k_cache[table.long(), :, 0].flatten(1, 2)[:, :longest]
+    keys = dequantize_fp8_ds_mla(keys, dtype) if keys.dtype == torch.uint8 else keys.to(dtype)
     if stale is not None:  # 0 * NaN is NaN, so weights of 0 do not suffice
         keys = keys.masked_fill(stale[..., None], 0)
     scores = torch.bmm(q.reshape(b, s_q * h_q, width).to(dtype), keys.transpose(1, 2)).float() * scale

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.arguments import FLOAT_DTYPES, Problem, check_arguments, empty_result
+from kernels.arguments import FLOAT_DTYPES, Problem, check_arguments, check_contents, empty_result
 
 PAGE_SIZE = 64
 _ROWS = 16  # query rows (query x head) a tile: the least that the tensor cores take as M
@@ -178,10 +178,12 @@ class TritonBackend:
         softmax_scale: float,
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `mla_decode_triton`; raises ValueError for what it cannot run."""
+        """As `mla_decode_triton`; raises NotImplementedError for what it cannot run."""
         check_arguments(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale)
         if reason := self.unsupported(Problem.of(q, k_cache, head_dim_v, causal)):
-            raise ValueError(reason)
+            raise NotImplementedError(f"backend triton: {reason}")
+        if q.device.type == "cpu":  # the interpreter follows a wrong index out of the process's memory
+            check_contents(block_table, cache_seqlens, *k_cache.shape[:2])
         return mla_decode_triton(q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
 
 

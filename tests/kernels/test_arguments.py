@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import Backend, BackendError, flash_mla_with_kvcache, get_backend, get_mla_metadata
+from kernels import Backend, BackendError, Problem, get_backend
+from kernels.reference import mla_decode_reference
 from kernels.workloads import make_inputs
 
 
@@ -21,10 +22,13 @@ def arguments() -> dict[str, object]:
     [
         ("q", lambda x: x[0], ("[1, 4, 576]", "4 dimensions")),
         ("q", lambda x: x.double(), ("float64", "bfloat16")),
+        ("q", lambda x: x[:, :0], ("[2, 0, 4, 576]", "at least one query")),
+        ("q", lambda x: x[:, :, :0], ("[2, 1, 0, 576]", "one head")),
         ("q", lambda x: x[..., :560], ("576", "560")),
         ("q", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), ("stride 4", "1")),
         ("k_cache", lambda x: x[:, :, 0], ("[6, 64, 576]", "page_size")),
         ("k_cache", lambda x: x.int(), ("int32", "bfloat16")),
+        ("k_cache", lambda x: x[:, :0], ("pages of 0 tokens", "at least 1")),
         ("k_cache", lambda x: x[..., :512], ("512", "576")),
         ("k_cache", lambda x: x.to("meta"), ("meta", "cpu")),
         ("k_cache", lambda x: torch.zeros(6, 64, 1, 640, dtype=torch.uint8), ("640", "656")),
@@ -40,24 +44,55 @@ def arguments() -> dict[str, object]:
         ("head_dim_v", lambda x: 0, ("0", "1 to 576")),
         ("head_dim_v", lambda x: 577, ("577", "1 to 576")),
         ("softmax_scale", lambda x: float("nan"), ("nan", "finite")),
+        ("softmax_scale", lambda x: -1e39, ("-1e+39", "finite float32")),
     ],
 )
 def test_bad_argument_is_named(
-    cpu: Backend, name: str, spoil: Callable[..., object], words: tuple[str, ...]
+    backend: Backend, name: str, spoil: Callable[..., object], words: tuple[str, ...]
 ) -> None:
+    if torch.cuda.is_available() and backend.name not in ("cpu", "reference"):
+        pytest.skip("a GPU's lengths and tables are read in debug builds only")
     call = arguments()
     call[name] = spoil(call[name])
     with pytest.raises(ValueError, match=name) as error:
-        cpu(*call.values())
+        backend(*call.values())
     for word in words:
         assert word in str(error.value)
 
 
-def test_not_a_tensor(cpu: Backend) -> None:
-    call = arguments()
-    call["cache_seqlens"] = [100, 65]
-    with pytest.raises((TypeError, AttributeError)):
-        cpu(*call.values())
+def test_not_a_tensor(backend: Backend) -> None:
+    for name in ("q", "k_cache", "block_table", "cache_seqlens"):
+        with pytest.raises(TypeError, match=f"{name} is NoneType, expected a torch.Tensor"):
+            backend(*{**arguments(), name: None}.values())
+    for scale in ("a", torch.tensor(0.1)):
+        with pytest.raises(TypeError, match=f"softmax_scale is {type(scale).__name__}, expected a number"):
+            backend(*{**arguments(), "softmax_scale": scale}.values())
+
+
+def test_auto_names_a_bad_argument_of_a_new_class() -> None:
+    auto = get_backend("auto")
+    with pytest.raises(ValueError, match=r"q has shape \[\], expected 4 dimensions"):
+        auto(*{**arguments(), "q": torch.tensor(1.0)}.values())
+    with pytest.raises(TypeError, match="block_table is list"):
+        auto(*{**arguments(), "block_table": [[0]]}.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"s_q": 65}, "s_q is 65, target cpu takes at most 64"),
+        ({"h_q": 1025}, "h_q is 1025, target cpu takes at most 1024"),
+    ],
+)
+def test_auto_passes_over_what_is_too_large_for_the_cpu_target(
+    cpu: Backend, change: dict[str, int], reason: str
+) -> None:
+    inputs = make_inputs([2], **{"h_q": 1, "kv_lora_rank": 16, "rope_dim": 16, **change})
+    assert cpu.unsupported(Problem.of(inputs.q, inputs.k_cache, 16)) == reason
+    out, lse = get_backend("auto")(*inputs.arguments())
+    expected, expected_lse = mla_decode_reference(*inputs.arguments())
+    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-3)
 
 
 def test_size_that_the_target_lacks(cpu: Backend) -> None:
@@ -78,23 +113,3 @@ def test_a_good_call_works_after_a_refused_one(cpu: Backend) -> None:
 def test_unknown_backend_lists_the_known_ones() -> None:
     with pytest.raises(BackendError, match=r"'tpu'.*cpu.*reference"):
         get_backend("tpu")
-
-
-def test_flash_mla_interface(cpu: Backend) -> None:
-    inputs = make_inputs([100, 65], h_q=4, s_q=2, causal=True)
-    q, k_cache, block_table, cache_seqlens, head_dim_v, _, causal = inputs.arguments()
-    metadata, num_splits = get_mla_metadata(cache_seqlens, 2 * 4, 1)
-    out, lse = flash_mla_with_kvcache(
-        q, k_cache, block_table, cache_seqlens, head_dim_v, metadata, num_splits, causal=causal
-    )
-    expected, expected_lse = cpu(q, k_cache, block_table, cache_seqlens, head_dim_v, 576**-0.5, True)
-    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-3)
-
-
-def test_sparse_attention_is_refused_by_name() -> None:
-    inputs = make_inputs([10], h_q=4)
-    with pytest.raises(NotImplementedError, match="indices"):
-        flash_mla_with_kvcache(*inputs.arguments()[:5], indices=torch.zeros(1))
-    with pytest.raises(NotImplementedError, match="topk is 64"):
-        get_mla_metadata(inputs.cache_seqlens, 4, 1, topk=64)

@@ -16,9 +16,9 @@ const Kernel& avx512bf16_kernel();
 
 namespace {
 
+#if defined(__x86_64__)
 // MLA_CPU_ISA (portable, avx2, avx512, avx512bf16) caps the choice, for tests and for comparing code paths.
 int level() {
-#if defined(__x86_64__)
   __builtin_cpu_init();
   int best = 0;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 1;
@@ -31,16 +31,14 @@ int level() {
   for (int i = 0; wanted != nullptr && i < best; ++i)
     if (strcmp(wanted, names[i]) == 0) return i;
   return best;
-#else
-  return 0;
-#endif
 }
+#endif
 
 }  // namespace
 
 const Kernel& best_kernel(int q_dtype, int kv_dtype) {
-  static const int best = level();
 #if defined(__x86_64__)
+  static const int best = level();
   // A wider query or cache would lose bits in the bfloat16 dot product; unpacked e4m3 loses no more than it has lost.
   const bool coarse_cache = kv_dtype == MLA_DTYPE_BFLOAT16 || kv_dtype == MLA_DTYPE_FP8_DS_MLA;
   if (best >= 3 && q_dtype == MLA_DTYPE_BFLOAT16 && coarse_cache) return avx512bf16_kernel();
