@@ -14,6 +14,17 @@ from container.serving.rope import Rope, read_rope
 
 # model_type -> how the router scores experts. Other families keep keys and values apart and have no latent.
 SCORING = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}
+# What transformers takes for a key that config.json leaves out. A null is another thing: none of it.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
+    "deepseek_v3": {
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+    },
+}
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
 
@@ -128,13 +139,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config") -> "ModelConfig":
         """The configuration of a parsed config.json; `where` names its origin in errors."""
-        keys = Keys(raw, where)
         model_type = raw.get("model_type")
         if model_type not in SCORING:
             raise NotMlaModel(
                 f"{where}: model_type is {model_type!r}, and only {', '.join(SCORING)} are multi-head latent "
                 "attention models that this engine runs"
             )
+        raw = {**DEFAULTS[model_type], **raw}
+        keys = Keys(raw, where)
         v3 = model_type == "deepseek_v3"
         if raw.get("scoring_func", SCORING[model_type]) != SCORING[model_type]:
             raise NotMlaModel(
@@ -173,13 +185,13 @@ class ModelConfig:
             grouped=v3 or method == "group_limited_greedy",
             # transformers' DeepseekV2 ignores norm_topk_prob (every published V2 checkpoint says false)
             norm_topk_prob=v3 and bool(raw.get("norm_topk_prob", True)),
-            routed_scaling_factor=float(raw.get("routed_scaling_factor", 1.0)),
+            routed_scaling_factor=float(raw["routed_scaling_factor"]),
             scoring=SCORING[model_type],
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope=read_rope(raw, where),
-            rope_interleave=bool(raw.get("rope_interleave", True)),
+            rope_interleave=not v3 or bool(raw.get("rope_interleave", True)),  # V2 has no other form
             attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            mlp_bias=not v3 and bool(raw.get("mlp_bias", False)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position_embeddings=keys.size("max_position_embeddings"),
             eos_token_ids=_token_ids(raw.get("eos_token_id")),

@@ -51,7 +51,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # the language has no types 
         tied = (best[None, :] == best[:, None]) & (group[None, :] < group[:, None])
         ahead = leads[None, :] & ((best[None, :] > best[:, None]) | tied)
         dropped = tl.sum(ahead.to(tl.int32), axis=1) >= KEPT_GROUPS
-        choice = tl.where(dropped & inside, float("-inf") if HAS_BIAS else 0.0, choice)
+        choice = tl.where(dropped, float("-inf"), choice)
     tied = (choice[None, :] == choice[:, None]) & (i[None, :] < i[:, None])
     rank = tl.sum(((choice[None, :] > choice[:, None]) | tied).to(tl.int32), axis=1)
     chosen = (rank < CHOICES) & inside

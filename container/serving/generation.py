@@ -29,9 +29,13 @@ class GenerationDefaults:
                 raise NotMlaModel(f"{where}: {name} is {found!r}, expected {low:g} to {high:g}")
             return found
 
-        sampled = raw.get("do_sample") is not False  # false means greedy, whatever else is written
+        temperature = value("temperature", 0, 100)
+        if raw.get("do_sample") is False:  # greedy, whatever else is written
+            temperature = 0.0
+        elif raw.get("do_sample") and temperature is None:
+            temperature = 1.0  # transformers writes no value that is its default
         return cls(
-            temperature=value("temperature", 0, 100) if sampled else 0.0,
+            temperature=temperature,
             top_p=value("top_p", 1e-6, 1),
             top_k=value("top_k", 0, 1 << 31, whole=True),
             max_tokens=value("max_new_tokens", 1, 1 << 31, whole=True),

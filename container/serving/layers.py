@@ -219,10 +219,15 @@ class MixtureOfExperts:
             name = prefix + "gate.e_score_correction_bias"
             self.bias = load.one(name, c.n_routed_experts, dtype=torch.float32)
         experts = [f"{prefix}experts.{e}." for e in range(c.n_routed_experts)]
-        self.w_in = load.stacked(
-            [[(f"{e}{n}.weight", (width, hidden)) for n in ("gate_proj", "up_proj")] for e in experts]
-        )
-        self.w_out = load.stacked([[(f"{e}down_proj.weight", (hidden, width))] for e in experts])
+        fused = f"{prefix}experts.gate_up_proj"
+        if fused in load.checkpoint:  # as transformers 5 holds them in memory and writes them if asked to
+            self.w_in = load.one(fused, c.n_routed_experts, 2 * width, hidden)
+            self.w_out = load.one(f"{prefix}experts.down_proj", c.n_routed_experts, hidden, width)
+        else:
+            self.w_in = load.stacked(
+                [[(f"{e}{n}.weight", (width, hidden)) for n in ("gate_proj", "up_proj")] for e in experts]
+            )
+            self.w_out = load.stacked([[(f"{e}down_proj.weight", (hidden, width))] for e in experts])
         shared = width * c.n_shared_experts
         self.shared = Mlp(prefix + "shared_experts.", hidden, shared, c.mlp_bias, load) if shared else None
 
@@ -281,8 +286,7 @@ class MixtureOfExperts:
             best = grouped.topk(1 if self.bias is None else min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
             keep = torch.zeros_like(best, dtype=torch.bool)
             keep.scatter_(1, best.topk(c.topk_group, dim=-1, sorted=False).indices, True)
-            masked = 0.0 if self.bias is None else float("-inf")
-            choice = grouped.masked_fill(~keep[..., None], masked).flatten(1)
+            choice = grouped.masked_fill(~keep[..., None], float("-inf")).flatten(1)
         experts = choice.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
         weights = scores.gather(1, experts)
         if c.norm_topk_prob:

@@ -1,6 +1,5 @@
 """Weights of a checkpoint folder, read from memory-mapped safetensors one at a time, no second copy."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from container.serving.config_json import NotMlaModel, read_json
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Checkpoint:
         self.bytes_read = 0
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map = _weight_map(index)
             files = sorted(set(weight_map.values()))
             missing = [name for name in files if not (self.folder / name).is_file()]
             if missing:
@@ -83,6 +84,17 @@ class Checkpoint:
             )
         self.bytes_read += tensor.nbytes
         return tensor
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor names and the shards that hold them."""
+    try:
+        found = read_json(index).get("weight_map")
+    except NotMlaModel as error:
+        raise WeightError(f"{error}; download it again") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise WeightError(f"{index} has no 'weight_map' of tensors to shards; download it again")
+    return found
 
 
 Rows = tuple[str, tuple[int, ...]]  # name and shape of a stored tensor

@@ -96,11 +96,35 @@ def test_defaults_of_the_generation_config(tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     path.write_text('{"do_sample": true, "temperature": 0.3, "top_p": 0.95, "max_new_tokens": 64}')
     assert ModelConfig.from_folder(tmp_path).generation == GenerationDefaults(0.3, 0.95, None, 64)
+    path.write_text('{"do_sample": true, "top_p": 0.9}')  # a temperature of 1 is not written
+    assert ModelConfig.from_folder(tmp_path).generation == GenerationDefaults(1.0, 0.9)
     path.write_text('{"do_sample": false, "temperature": 0.3}')
     assert ModelConfig.from_folder(tmp_path).generation.temperature == 0
     path.write_text('{"top_p": 2}')
     with pytest.raises(NotMlaModel, match=r"generation_config\.json: top_p is 2, expected"):
         ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("family", [2, 3])
+def test_keys_left_out_are_those_of_transformers(family: int) -> None:
+    import transformers
+
+    theirs = getattr(transformers, f"DeepseekV{family}Config")()
+    own = ("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor")
+    raw = {k: v for k, v in V3.items() if k not in own}
+    config = ModelConfig.from_dict({**raw, "model_type": theirs.model_type})
+    for key in own:
+        # transformers' V2 has no groups, which is one group here
+        assert getattr(config, key) == (1 if getattr(theirs, key) is None else getattr(theirs, key)), key
+    none = ModelConfig.from_dict({**raw, "model_type": theirs.model_type, "n_shared_experts": None})
+    assert none.n_shared_experts == 0
+
+
+def test_v2_knows_one_rope_and_v3_no_bias_of_its_mlps() -> None:
+    # transformers' classes do not read these keys
+    v2 = ModelConfig.from_dict({**V3, "model_type": "deepseek_v2", "rope_interleave": False})
+    assert v2.rope_interleave
+    assert not ModelConfig.from_dict({**V3, "mlp_bias": True}).mlp_bias
 
 
 def test_yarn_of_deepseek_v3() -> None:
