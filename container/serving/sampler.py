@@ -51,15 +51,24 @@ def _probabilities(logits: Tensor, sequences: Many[Sequence]) -> Tensor:
 
     settings = [s.sampling for s in sequences]
     logits = logits / column([max(s.temperature, 1e-5) for s in settings])
-    if all(s.top_k == 0 and s.top_p == 1 for s in settings):
-        return logits.softmax(dim=-1)
-    size = logits.shape[-1]
+    p = logits.softmax(dim=-1)
+    # only the rows that ask for it, so that the rest come out the same whoever their neighbours are
+    limited = [row for row, s in enumerate(settings) if s.top_k or s.top_p < 1]
+    if limited:
+        rows = torch.tensor(limited, device=logits.device)
+        size = logits.shape[-1]
+        top_k = column([min(settings[row].top_k or size, size) for row in limited])
+        p[rows] = _limited(logits[rows], top_k, column([settings[row].top_p for row in limited]))
+    return p
+
+
+def _limited(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Probabilities [R, vocabulary] of the likeliest tokens, the rest 0; top_k and top_p [R, 1]."""
     ordered, order = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(size, device=logits.device)
-    outside = rank >= column([s.top_k or size for s in settings])
-    p = ordered.masked_fill(outside, float("-inf")).softmax(dim=-1)
-    # the token that crosses top_p stays: what precedes it is below top_p
-    p = p.masked_fill(p.cumsum(dim=-1) - p >= column([s.top_p for s in settings]), 0.0)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    p = ordered.masked_fill(rank >= top_k, float("-inf")).softmax(dim=-1)
+    # the token that crosses top_p stays: what precedes it is below top_p; the first always stays
+    p = p.masked_fill((p.cumsum(dim=-1) - p >= top_p) & (rank > 0), 0.0)
     return torch.zeros_like(p).scatter_(1, order, p)
 
 
