@@ -8,9 +8,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from container.serving import protocol
+from container.serving.answer_json import Answer
 from container.serving.errors import GenerationFailed, error_body
 from container.serving.loop import EngineLoop, Streams
-from container.serving.protocol import Answer, ChatRequest, CompletionRequest
+from container.serving.protocol import ChatRequest, CompletionRequest
 from container.serving.sequence import BadRequest
 
 
@@ -19,7 +20,8 @@ async def answer(
 ) -> Response:
     """OpenAI's JSON, or events of it when the request asks for a stream. `model` is the name served."""
     streams = _submit(loop, model, request)
-    build = Answer(isinstance(request, ChatRequest), model, loop.engine.tokenizer, request.return_token_ids)
+    chat = isinstance(request, ChatRequest)
+    build = Answer(chat, model, loop.engine.tokenizer, request.n, request.return_token_ids)
     if request.stream:
         with_usage = bool(request.stream_options and request.stream_options.include_usage)
         return StreamingResponse(_events(build, streams, with_usage), media_type="text/event-stream")

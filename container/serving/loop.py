@@ -10,7 +10,7 @@ from collections.abc import Sequence as Many
 
 from container.serving.base_engine import BaseEngine
 from container.serving.metrics import Metrics
-from container.serving.sequence import Sampling, Sequence, Step
+from container.serving.sequence import BadRequest, Sampling, Sequence, Step
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,10 @@ class EngineLoop:
         """Queues one sequence for each prompt, all or none. Raises BadRequest, Overloaded or Stopped."""
         if self._failed or self._stopping:
             raise Stopped("the engine has stopped; try another instance")
+        if len(prompts) > self.max_queue:
+            raise BadRequest(
+                f"{len(prompts)} completions at once are more than MLA_MAX_QUEUE, {self.max_queue}", "n"
+            )
         waiting = self.engine.waiting + len(self._inbox)
         if waiting + len(prompts) > self.max_queue:
             raise Overloaded(waiting, self._retry_after(waiting))

@@ -1,19 +1,29 @@
-"""The JSON of requests and answers: OpenAI completions and chat, and MLflow's scoring format."""
+"""The JSON of requests: OpenAI completions and chat, and MLflow's scoring format."""
 
 import json
-import random
-import time
-from collections.abc import Sequence as Many
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from container.serving.generation import GenerationDefaults
-from container.serving.sequence import BadRequest, Logprob, Sampling, Sequence
-from container.serving.tokenizer import Tokenizer
+from container.serving.sequence import BadRequest, Sampling
 
 Ids = list[StrictInt]
 MAX_PROMPTS = 64
+MLFLOW_FORMS = ("inputs", "instances", "dataframe_split", "dataframe_records")
+UNSUPPORTED_CODE = "unsupported_parameter"  # as OpenAI has it
+# Fields that would change the answer, which this server does not have, and their values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "bad_words": ([],),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "stop_token_ids": ([],),
+}
 
 
 class StreamOptions(BaseModel):
@@ -21,9 +31,11 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """Fields that completions and chat share. Unknown fields are ignored, as clients send many."""
+    """Fields that completions and chat share. Unknown fields are ignored, as clients send many, but not those
+    that ask for another answer."""
 
     model_config = ConfigDict(extra="ignore")
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
     model: str | None = None
     max_tokens: StrictInt | None = None
@@ -58,7 +70,7 @@ class Request(BaseModel):
             return Sampling(
                 **chosen,
                 fit=self.max_tokens is None,
-                seed=None if self.seed is None else self.seed + index,
+                seed=None if self.seed is None else _counted(self.seed, index),
                 stop=tuple(stop),
                 logprobs=self.wanted_logprobs(),
                 ignore_eos=self.ignore_eos,
@@ -67,7 +79,14 @@ class Request(BaseModel):
         return [one(i) for i in range(prompts * self.n)]
 
 
+def _counted(seed: int, index: int) -> int:
+    """seed + index; the last 64-bit number is followed by the first one."""
+    return seed + index if seed + index < 1 << 63 or seed >= 1 << 63 else seed + index - (1 << 64)
+
+
 class CompletionRequest(Request):
+    unsupported = {**UNSUPPORTED, "best_of": (1,), "echo": (False,), "suffix": ("",)}
+
     prompt: StrictStr | Ids | list[StrictStr] | list[Ids]
     logprobs: StrictInt | None = None
 
@@ -89,24 +108,42 @@ class TextPart(BaseModel):
 
 class Message(BaseModel):
     role: StrictStr
-    content: StrictStr | list[TextPart]
+    content: StrictStr | list[TextPart] | None = None
+    tool_calls: Any = None
 
     def plain(self) -> dict[str, str]:
+        """Role and text. Raises BadRequest where there is none, or a tool was called."""
         content = self.content
+        if self.tool_calls:
+            raise BadRequest("messages with tool_calls are not supported here", "messages", UNSUPPORTED_CODE)
+        if content is None:
+            raise BadRequest(f"the message of role {self.role!r} has no content", "messages")
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": self.role, "content": text}
 
 
 class ChatRequest(Request):
+    unsupported = {
+        **UNSUPPORTED,
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"], []),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+    }
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
 
     def model_post_init(self, _: Any) -> None:
-        self.max_tokens = self.max_completion_tokens or self.max_tokens
+        if self.max_completion_tokens is not None:
+            self.max_tokens = self.max_completion_tokens
 
     def wanted_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -131,7 +168,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
         raise BadRequest(f"the body holds {constant}, which is not JSON", code="invalid_json")
 
     try:
-        value = json.loads(body, parse_constant=refuse)
+        text = body.decode(json.detect_encoding(body))
+        value = json.loads(text, parse_constant=refuse)
+        if "\\ud" in text.lower():  # an escape of half a character: nothing can encode it
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         if isinstance(error, BadRequest):
             raise
@@ -142,14 +182,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse(kind: type[BaseModel], value: dict[str, Any]) -> Any:
-    """A validated request. Raises BadRequest naming the first field that is wrong."""
+    """A validated request. Raises BadRequest naming the first field that is wrong or not supported."""
     try:
-        return kind.model_validate(value)
+        request = kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         path = [str(part) for part in first["loc"]]
         where = path[0] if path else None
         raise BadRequest(f"{'.'.join(path) or 'body'}: {first['msg']}", where) from None
+    for name, neutral in getattr(kind, "unsupported", {}).items():
+        if value.get(name) is not None and value[name] not in neutral:
+            raise BadRequest(f"{name} is not supported here; leave it out", name, UNSUPPORTED_CODE)
+    return request
 
 
 def mlflow_request(value: dict[str, Any]) -> CompletionRequest:
@@ -158,102 +202,39 @@ def mlflow_request(value: dict[str, Any]) -> CompletionRequest:
     A table gives its column "prompt", or its only column. Raises BadRequest.
     """
     params = parse(Params, value.get("params") or {})
-    form = next(k for k in ("inputs", "instances", "dataframe_split", "dataframe_records") if k in value)
-    data = value[form]
+    form = next(k for k in MLFLOW_FORMS if k in value)
+    fields = params.model_dump(exclude={"max_new_tokens"})
+    if params.max_tokens is None:
+        fields["max_tokens"] = params.max_new_tokens
+    return parse(CompletionRequest, {**fields, "prompt": _mlflow_prompts(form, value[form])})
+
+
+def _mlflow_prompts(form: str, data: Any) -> list[Any]:
     if form == "dataframe_split":
-        if not isinstance(data, dict) or not {"columns", "data"} <= data.keys():
-            raise BadRequest("dataframe_split needs 'columns' and 'data'", form)
-        data = [dict(zip(data["columns"], row, strict=False)) for row in data["data"]]
+        data = _rows(data)
     if isinstance(data, dict):
-        data = next(iter(data.values())) if len(data) == 1 else data.get("prompt")
+        data = _prompt_of(form, data)
     prompts = [data] if isinstance(data, str) else data
     if not isinstance(prompts, list) or not prompts:
         raise BadRequest(f"{form} holds no prompts, expected a list of texts", form)
-    if isinstance(prompts[0], dict):
-        prompts = [row.get("prompt", next(iter(row.values()), None)) for row in prompts]
-    fields = params.model_dump(exclude={"max_new_tokens"})
-    return parse(
-        CompletionRequest,
-        {**fields, "prompt": prompts, "max_tokens": params.max_tokens or params.max_new_tokens},
-    )
+    return [_prompt_of(form, row) if isinstance(row, dict) else row for row in prompts]
 
 
-class Answer:
-    """Builds the JSON of one request's answer, whole or in stream chunks."""
-
-    def __init__(self, chat: bool, model: str, tokenizer: Tokenizer, token_ids: bool):
-        self.chat, self.model, self.tokenizer, self.token_ids = chat, model, tokenizer, token_ids
-        # not from the system's randomness: reading it lets go of the interpreter just when the engine starts
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{random.getrandbits(128):032x}"
-        self.created = int(time.time())
-
-    def whole(self, sequences: Many[Sequence]) -> dict[str, Any]:
-        choices = []
-        for index, s in enumerate(sequences):
-            text = s.detokenizer.text
-            choice: dict[str, Any] = {"index": index}
-            if self.chat:
-                choice["message"] = {"role": "assistant", "content": text}
-            else:
-                choice["text"] = text
-            choice["finish_reason"] = s.finish_reason
-            choice["logprobs"] = self._logprobs(s.logprobs) if s.sampling.logprobs is not None else None
-            if self.token_ids:
-                choice["token_ids"] = s.output
-            choices.append(choice)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": usage(sequences)}
-
-    def chunk(
-        self, index: int, sequence: Sequence, text: str, new: slice, reason: str | None
-    ) -> dict[str, Any]:
-        """A stream's event: `text` and the `new` of the tokens of sequence `index`."""
-        choice: dict[str, Any] = {"index": index}
-        if self.chat:
-            choice["delta"] = {"role": "assistant", "content": text} if text else {}
-        else:
-            choice["text"] = text
-        choice["finish_reason"] = reason
-        if sequence.sampling.logprobs is not None:
-            choice["logprobs"] = self._logprobs(sequence.logprobs[new])
-        if self.token_ids:
-            choice["token_ids"] = sequence.output[new]
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [choice]}
-
-    def final_usage(self, sequences: Many[Sequence]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [], "usage": usage(sequences)}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _logprobs(self, entries: Many[Logprob]) -> dict[str, Any]:
-        name = self.tokenizer.token
-        if self.chat:
-            content = [
-                {
-                    "token": name(e.token_id),
-                    "logprob": e.logprob,
-                    "top_logprobs": [{"token": name(t), "logprob": p} for t, p in e.top],
-                }
-                for e in entries
-            ]
-            return {"content": content}
-        return {
-            "tokens": [name(e.token_id) for e in entries],
-            "token_logprobs": [e.logprob for e in entries],
-            "top_logprobs": [{name(t): p for t, p in e.top} for e in entries],
-        }
+def _rows(table: Any) -> list[dict[str, Any]]:
+    columns, rows = (table.get(k) if isinstance(table, dict) else None for k in ("columns", "data"))
+    if not isinstance(columns, list) or not isinstance(rows, list):
+        raise BadRequest("dataframe_split needs the lists 'columns' and 'data'", "dataframe_split")
+    if not all(isinstance(column, str) for column in columns):
+        raise BadRequest("dataframe_split: the names in 'columns' must be texts", "dataframe_split")
+    if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+        raise BadRequest(
+            f"dataframe_split: every row of 'data' must be a list of {len(columns)} values, one a column",
+            "dataframe_split",
+        )
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def usage(sequences: Many[Sequence]) -> dict[str, Any]:
-    """Token counts; cached_tokens are prompt tokens whose latents were in the cache already."""
-    prompt = sum(len(s.prompt) for s in sequences)
-    completion = sum(len(s.output) for s in sequences)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(s.reused for s in sequences)},
-    }
+def _prompt_of(form: str, row: dict[str, Any]) -> Any:
+    if "prompt" not in row and len(row) != 1:
+        raise BadRequest(f"{form} has the columns {sorted(row)}, expected 'prompt' or only one", form)
+    return row["prompt"] if "prompt" in row else next(iter(row.values()))

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -25,7 +27,6 @@ from container.serving.sequence import BadRequest
 from container.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
-MLFLOW_FORMS = {"inputs", "instances", "dataframe_split", "dataframe_records"}
 
 
 class Serving:
@@ -77,6 +78,8 @@ class Endpoint:
     def __init__(self, serving: Serving):
         self._serving = serving
         self._model = serving.settings.model_name
+        card = {"id": self._model, "object": "model", "owned_by": "mla-pipeline"}
+        self._card = {**card, "created": int(time.time())}
 
     async def ping(self, _: Request) -> Response:
         serving = self._serving
@@ -90,8 +93,12 @@ class Endpoint:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def models(self, _: Request) -> Response:
-        card = {"id": self._model, "object": "model", "owned_by": "mla-pipeline"}
-        return JSONResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": [self._card]})
+
+    async def one_model(self, http: Request) -> Response:
+        if http.path_params["name"] != self._model:
+            raise HTTPException(404)
+        return JSONResponse(self._card)
 
     async def invocations(self, http: Request) -> Response:
         value = await self._body(http)
@@ -99,10 +106,10 @@ class Endpoint:
             return await self._answer(http, protocol.parse(ChatRequest, value))
         if "prompt" in value:
             return await self._answer(http, protocol.parse(CompletionRequest, value))
-        if value.keys() & MLFLOW_FORMS:
+        if value.keys() & set(protocol.MLFLOW_FORMS):
             request = protocol.mlflow_request(value)
             return await predictions(self._serving.ready, self._model, http, request)
-        raise BadRequest(f"the body needs prompt, messages or one of {', '.join(sorted(MLFLOW_FORMS))}")
+        raise BadRequest(f"the body needs prompt, messages or one of {', '.join(protocol.MLFLOW_FORMS)}")
 
     async def completions(self, http: Request) -> Response:
         return await self._answer(http, protocol.parse(CompletionRequest, await self._body(http)))
@@ -147,6 +154,7 @@ def create_app(settings: ServerSettings, load: Callable[[ServerSettings], BaseEn
         Route("/ping", endpoint.ping),
         Route("/metrics", endpoint.metrics),
         Route("/v1/models", endpoint.models),
+        Route("/v1/models/{name:path}", endpoint.one_model),
     ]
     counted = Middleware(CountResponses, metrics=serving.metrics)
     app = Starlette(routes=routes, middleware=[counted], exception_handlers=HANDLERS, lifespan=lifespan)
@@ -164,7 +172,8 @@ class CountResponses:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._metrics.response("other" if status == 404 else scope["path"], status)
+                # a path that nobody serves is whatever a client makes up
+                self._metrics.response("other" if status in (404, 405) else scope["path"], status)
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)

@@ -142,10 +142,14 @@ def test_the_checkpoint_says_what_the_request_does_not(tiny_folder: Path, tmp_pa
 
 def test_several_prompts_and_completions(server: Server) -> None:
     body = {"prompt": ["one", "two"], "n": 2, "temperature": 1.0, "seed": 5, "max_tokens": 5}
-    first = post(server, **body).json()["choices"]
+    answer = post(server, **body).json()
+    first = answer["choices"]
     assert [c["index"] for c in first] == [0, 1, 2, 3]
     assert first[0]["text"] != first[1]["text"]
     assert post(server, **body).json()["choices"] == first
+    assert answer["usage"]["prompt_tokens"] == 6  # a prompt counts once, however many completions it has
+    assert answer["usage"]["total_tokens"] == 26
+    assert post(server, prompt="a", n=2, temperature=1, seed=2**63 - 1, max_tokens=1).status_code == 200
 
 
 def test_logprobs(server: Server) -> None:
@@ -153,6 +157,7 @@ def test_logprobs(server: Server) -> None:
     logprobs = answer["choices"][0]["logprobs"]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 3
     assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+    assert logprobs["text_offset"][0] == 0
     chat = {
         "messages": [{"role": "user", "content": "x"}],
         "logprobs": True,
@@ -162,6 +167,21 @@ def test_logprobs(server: Server) -> None:
     content = post(server, "/v1/chat/completions", **chat).json()["choices"][0]["logprobs"]["content"]
     assert len(content) == 2
     assert content[0]["logprob"] == content[0]["top_logprobs"][0]["logprob"]
+    assert set(content[0]) == {"token", "logprob", "bytes", "top_logprobs"}
+    assert all(len(entry["bytes"]) == 1 for entry in content)  # the tokens are bytes
+
+
+def test_tokens_of_log_probabilities_join_to_the_text(server: Server) -> None:
+    # a draw of ASCII only, where each token is a character
+    body = {"prompt": "ab", "max_tokens": 4, "logprobs": 0, "temperature": 1, "stream": True}
+    for seed in range(50):
+        chunks = [c["choices"][0] for c in events(post(server, **body, seed=seed))]
+        text = "".join(c["text"] for c in chunks)
+        if text.isascii():
+            break
+    assert "".join(t for c in chunks for t in c["logprobs"]["tokens"]) == text
+    places = [place for c in chunks for place in c["logprobs"]["text_offset"]]
+    assert places == list(range(len(text)))
 
 
 def test_chat(server: Server) -> None:
@@ -171,7 +191,15 @@ def test_chat(server: Server) -> None:
     ).json()
     assert chat["object"] == "chat.completion"
     plain = post(server, prompt="hello\n\n", max_tokens=4).json()
-    assert chat["choices"][0]["message"] == {"role": "assistant", "content": plain["choices"][0]["text"]}
+    message = chat["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": plain["choices"][0]["text"]}
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 4, "stream": True, "n": 2}
+    chunks = [c["choices"][0] for c in events(post(server, "/v1/chat/completions", **body))]
+    for index in range(2):
+        deltas = [c["delta"] for c in chunks if c["index"] == index]
+        # clients join what the deltas hold, so the role comes once
+        assert [d.get("role") for d in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+        assert "".join(d.get("content", "") for d in deltas) == message["content"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +210,8 @@ def test_chat(server: Server) -> None:
         {"instances": [{"prompt": "one"}, {"prompt": "two"}]},
         {"dataframe_split": {"columns": ["prompt"], "data": [["one"], ["two"]]}},
         {"dataframe_records": [{"prompt": "one"}, {"prompt": "two"}]},
+        {"dataframe_records": [{"text": "one"}, {"text": "two"}]},
+        {"dataframe_split": {"columns": ["id", "prompt"], "data": [[1, "one"], [2, "two"]], "index": [0, 1]}},
     ],
 )
 def test_mlflow_forms(server: Server, body: dict[str, Any]) -> None:
@@ -236,6 +266,38 @@ def test_stop_strings(server: Server) -> None:
         (b'{"inputs": []}', 400, "inputs", "no prompts"),
         (b'{"inputs": ["a"], "params": {"beams": 2}}', 400, "beams", "beams"),
         (b'{"dataframe_split": [1]}', 400, "dataframe_split", "columns"),
+        (
+            b'{"dataframe_split": {"columns": ["a"], "data": [5]}}',
+            400,
+            "dataframe_split",
+            "a list of 1 values",
+        ),
+        (b'{"dataframe_split": {"columns": [[1]], "data": [[5]]}}', 400, "dataframe_split", "texts"),
+        (b'{"dataframe_records": [{"a": "x", "b": "y"}]}', 400, "dataframe_records", "columns ['a', 'b']"),
+        (b'{"inputs": [{"prompt": "x"}, 5]}', 400, "prompt", "valid string"),
+        (b'{"inputs": ["a"], "params": {"max_tokens": 0}}', 400, "max_tokens", "at least 1"),
+        (b'{"prompt": "\\ud83d"}', 400, None, "surrogates not allowed"),
+        (b'{"prompt": "\xed\xa0\x80"}', 400, None, "not valid JSON"),
+        (b'{"prompt": "a", "logit_bias": {"50": -100}}', 400, "logit_bias", "logit_bias is not supported"),
+        (b'{"prompt": "a", "echo": true}', 400, "echo", "echo is not supported"),
+        (b'{"prompt": "a", "suffix": "b"}', 400, "suffix", "suffix is not supported"),
+        (b'{"prompt": "a", "best_of": 3}', 400, "best_of", "best_of is not supported"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}', 400, "tools", "tools is not"),
+        (b'{"messages": [{"role": "user"}]}', 400, "messages", "role 'user' has no content"),
+        (
+            b'{"messages": [{"role": "a", "tool_calls": [{}]}]}',
+            400,
+            "messages",
+            "tool_calls are not supported",
+        ),
+        (
+            b'{"messages": [{"role": "a", "content": "b"}], "max_completion_tokens": 0, "max_tokens": 2}',
+            400,
+            "max_tokens",
+            "at least 1",
+        ),
+        (b'{"messages": [{"role": "a", "content": "b"}], "top_logprobs": 2}', 400, "top_logprobs", "needs"),
+        (b'{"prompt": "a", "model": "%s"}' % (b"m" * 5000), 400, "model", "..."),
         (b'{"prompt": "%s"}' % (b"a" * 600), 400, "prompt", "limit of 512"),
         (b'{"prompt": "%s"}' % (b"a" * 30_000), 413, None, "over 20000 bytes"),
     ],
@@ -245,6 +307,7 @@ def test_bad_requests(server: Server, body: bytes, status: int, param: str | Non
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert words in error["message"]
+    assert len(error["message"]) <= 1024
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
     assert post(server, prompt="a", max_tokens=1).status_code == 200
@@ -252,11 +315,30 @@ def test_bad_requests(server: Server, body: bytes, status: int, param: str | Non
 
 def test_other_routes_and_content_types(server: Server) -> None:
     assert server.client.get("/nothing").status_code == 404
-    assert server.client.get("/invocations").status_code == 405
+    wrong = server.client.get("/invocations")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     wrong = server.client.post("/invocations", content=b"a,b", headers={"content-type": "text/csv"})
     assert wrong.status_code == 415
     assert "text/csv" in wrong.json()["error"]["message"]
-    assert server.client.get("/v1/models").json()["data"][0]["id"] == "mla"
+    card = server.client.get("/v1/models").json()["data"][0]
+    assert (card["id"], card["object"]) == ("mla", "model")
+    assert server.client.get("/v1/models/mla").json() == card
+    assert server.client.get("/v1/models/other").status_code == 404
+    assert server.client.post('/v1/models/a"b').status_code == 405
+    assert "/v1/models/a" not in server.client.get("/metrics").text
+
+
+def test_fields_that_ask_for_nothing_are_taken(server: Server) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 1, "max_tokens": 0}
+    neutral = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": None}
+    assert post(server, "/v1/chat/completions", **chat, **neutral, user="me").status_code == 200
+    plain = {"presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "echo": False, "suffix": None}
+    assert post(server, prompt="a", max_tokens=1, **plain).status_code == 200
+
+
+def test_a_huge_top_k_hurts_nobody(server: Server) -> None:
+    body = {"prompt": "a", "max_tokens": 2, "temperature": 1, "top_k": 1 << 80}
+    assert post(server, **body).status_code == 200
 
 
 def test_a_client_that_goes_away_frees_its_pages(server: Server) -> None:
@@ -344,6 +426,8 @@ def test_more_requests_than_places(tiny_folder: Path) -> None:
     assert set(statuses) == {200, 503}
     texts = {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200}
     assert len(texts) == 1
+    never = post(server, prompt="hello", n=5)  # however empty the queue
+    assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
     refused = next(a for a in answers if a.status_code == 503)
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     server.wait_idle()
