@@ -66,8 +66,8 @@ class CompiledBackend:
         if problem.device_type != device_type:
             return f"target {self.name} runs on {device_type}, the tensors are on {problem.device_type}"
         if self.name == "cpu":
-            return _cpu_unsupported(problem)
-        return _hopper_unsupported(problem)
+            return cpu_unsupported(problem)
+        return hopper_unsupported(problem)
 
     def __call__(
         self,
@@ -173,7 +173,8 @@ def _status_error(status: int, target: str, message: str) -> Exception:
     return RuntimeError(f"backend {target} failed: {message}")
 
 
-def _cpu_unsupported(problem: Problem) -> str | None:
+def cpu_unsupported(problem: Problem) -> str | None:
+    """None when csrc/cpu takes the problem's sizes, else the reason."""
     if problem.kv_dtype == torch.uint8 and (problem.kv_lora_rank, problem.rope_dim) != (512, 64):
         return f"fp8_ds_mla needs sizes 512 and 64, got {problem.kv_lora_rank} and {problem.rope_dim}"
     for name, value in (("kv_lora_rank", problem.kv_lora_rank), ("rope_dim", problem.rope_dim)):
@@ -185,7 +186,8 @@ def _cpu_unsupported(problem: Problem) -> str | None:
     return None
 
 
-def _hopper_unsupported(problem: Problem) -> str | None:
+def hopper_unsupported(problem: Problem) -> str | None:
+    """None when csrc/hopper takes the problem on the current GPU, else the reason."""
     if torch.cuda.get_device_capability() != (9, 0):
         return (
             f"target hopper needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
@@ -198,6 +200,8 @@ def _hopper_unsupported(problem: Problem) -> str | None:
         return f"target hopper takes bfloat16 and float16 queries, got {problem.q_dtype}"
     if problem.kv_dtype not in (problem.q_dtype, torch.uint8):
         return f"target hopper takes a {problem.q_dtype} (as q) or fp8_ds_mla cache, got {problem.kv_dtype}"
+    if problem.kv_dtype == torch.uint8 and problem.q_dtype != torch.bfloat16:
+        return f"target hopper takes an fp8_ds_mla cache with bfloat16 queries, got {problem.q_dtype}"
     if problem.h_q > 128:
         return f"target hopper takes at most 128 heads, got {problem.h_q}"
     return None

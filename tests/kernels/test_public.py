@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import kernels.custom_op
-from kernels import Backend, available_backends, get_backend
+from kernels import Backend, Problem, available_backends, get_backend
 from kernels.auto import AutoBackend
 from kernels.bench import main, measure
+from kernels.compiled import hopper_unsupported
 from kernels.reference import (
     dequantize_fp8_ds_mla,
     mla_decode_absorbed,
@@ -72,6 +73,21 @@ def test_auto_leaves_a_wrong_backend_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_auto_falls_back_to_the_reference() -> None:
     inputs = make_inputs([70], h_q=4, kv_lora_rank=24, rope_dim=8)
     assert AutoBackend().choose(*inputs.arguments()).name == "reference"
+
+
+def test_hopper_says_before_the_call_which_dtypes_its_library_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    bf16, fp16, fp8 = torch.bfloat16, torch.float16, torch.uint8
+
+    def reason(q: torch.dtype, cache: torch.dtype) -> str | None:
+        return hopper_unsupported(Problem("cuda", q, cache, 4, 1, 16, 512, 64, 64))
+
+    assert [reason(*pair) for pair in ((bf16, bf16), (fp16, fp16), (bf16, fp8))] == [None] * 3
+    assert "fp8_ds_mla cache with bfloat16 queries, got torch.float16" in (reason(fp16, fp8) or "")
+    assert "float16 (as q) or fp8_ds_mla cache, got torch.bfloat16" in (reason(fp16, bf16) or "")
+    assert "bfloat16 and float16 queries, got torch.float32" in (reason(torch.float32, fp8) or "")
 
 
 def test_available_backends_of_a_cpu() -> None:
