@@ -43,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="false",
         help="go on although the serving image has other versions than the model asks for",
     )
-    parser.add_argument("--workers", type=int, default=8, help="transfers at a time")
+    parser.add_argument("--workers", type=int, choices=range(1, 65), default=8, help="transfers at a time")
 
 
 def main(job: Job) -> None:

@@ -3,11 +3,13 @@
 Each file is cut into parts; a few threads fetch parts by HTTP range and write them at their offset into one
 `.part` file, whose finished spans a small `.json` file beside it records. A broken transfer goes on where it
 broke. A hash thread follows the finished prefix, so that hashing costs no second pass. A file gets its name
-only when its size and, where the store gives one, its checksum agree.
+only when its size and, where the store gives one, its checksum agree. A store that ignores ranges, as an
+MLflow 2 server does, sends each file in one piece: asked for parts, it would send all of it for every part.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import queue
@@ -15,11 +17,12 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from steps.job import StepError
-from steps.registry.partial import Downloaded, PartialFile
+from steps.registry.partial import LARGE, Downloaded, PartialFile
 from steps.registry.progress import Progress, size_text
 from steps.registry.remote import ExpiredError, RemoteFile, Store, TransferError
 
@@ -61,24 +64,60 @@ def download(
         StepError: a file stays incomplete, differs from its size or checksum, or changes meanwhile; the disk
             is too small.
     """
-    work = resume_dir or destination / ".download"
-    work.mkdir(parents=True, exist_ok=True)
     known = sum(file.bytes or 0 for file in files)
     progress = progress or Progress(known)
     part_bytes = part_bytes or PART_BYTES
-    durable = resume_dir is not None
-    tasks = [PartialFile(file, destination, work, store, part_bytes, progress, durable) for file in files]
-    for task in tasks:
-        task.check_restored()
-    _check_space(work, known - progress.done)
-    try:
-        _Pool(store, tasks, workers, backoff).run()
-    finally:
+    large = next((file for file in files if (file.bytes or 0) > LARGE), None)
+    if large and not _gives_ranges(store, large.path):
+        part_bytes = known
+    with _work_folder(resume_dir, destination) as work:
+        durable = work == resume_dir
+        tasks = [PartialFile(file, destination, work, store, part_bytes, progress, durable) for file in files]
         for task in tasks:
-            task.save()
-    results = [task.finish() for task in tasks]
-    shutil.rmtree(work, ignore_errors=True)
+            task.check_restored()
+        _check_space(work, known - progress.done)
+        if work.stat().st_dev != destination.stat().st_dev:
+            _check_space(destination, known)
+        try:
+            _Pool(store, tasks, workers, backoff).run()
+        finally:
+            for task in tasks:
+                task.save()
+        results = [task.finish() for task in tasks]
+        shutil.rmtree(work, ignore_errors=True)
     return results
+
+
+def _gives_ranges(store: Store, path: str) -> bool:
+    """Ask for one byte of `path` and see whether only that would come."""
+    if not store.ranges:
+        return False
+    try:
+        body = store.open(path, 0, 1)
+    except TransferError:
+        return True  # the store is busy; the download itself will say more
+    body.close()
+    return body.partial
+
+
+@contextmanager
+def _work_folder(resume_dir: Path | None, destination: Path) -> Iterator[Path]:
+    """The folder of unfinished files: resume_dir, unless another process is at work there."""
+    own = destination / ".download"
+    if resume_dir is None:
+        own.mkdir(exist_ok=True)
+        yield own
+        return
+    resume_dir.mkdir(parents=True, exist_ok=True)
+    with resume_dir.with_name(f"{resume_dir.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # taken, or a file system without locks
+            log.info("%s cannot be had (%s); starting anew", resume_dir, error.strerror)
+            own.mkdir(exist_ok=True)
+            yield own
+            return
+        yield resume_dir
 
 
 class _Pool:
@@ -99,10 +138,12 @@ class _Pool:
             threading.Thread(target=self._work, name=f"download-{number}", daemon=True)
             for number in range(min(workers, max(1, len(parts))))
         ]
+        # as many as can arrive at a time; each takes the next file in order
+        large = [task for task in tasks if task.parallel]
+        self._unhashed = iter(large)
         self._hashers = [
-            threading.Thread(target=self._hash, args=(task,), name=f"hash-{task.path}", daemon=True)
-            for task in tasks
-            if task.parallel
+            threading.Thread(target=self._hash, name=f"hash-{number}", daemon=True)
+            for number in range(min(workers, len(large)))
         ]
 
     def run(self) -> None:
@@ -134,9 +175,10 @@ class _Pool:
             except BaseException as error:
                 self._fail(error)
 
-    def _hash(self, task: PartialFile) -> None:
+    def _hash(self) -> None:
         try:
-            task.follow(self._stop)
+            while not self._stop.is_set() and (task := next(self._unhashed, None)):
+                task.follow(self._stop)
         except BaseException as error:
             self._fail(error)
 

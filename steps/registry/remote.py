@@ -43,6 +43,7 @@ class Body:
     Attributes:
         chunks: the bytes from `start` on, at most CHUNK at a time.
         start: offset of the first byte; 0 although another was asked for when the store ignores ranges.
+        partial: whether only the range asked for comes; False when the store ignores ranges.
         total: the file's whole size where the answer says it, else None.
         version: the store's validator of the content (ETag, else Last-Modified), "" when it gives none.
         md5: the content's MD5 in hexadecimal where the answer gives one, else None.
@@ -53,15 +54,23 @@ class Body:
     start: int
     total: int | None
     version: str = ""
+    partial: bool = True
     md5: str | None = None
     close: Callable[[], None] = field(default=lambda: None)
 
 
 class Store(ABC):
-    """One remote model folder."""
+    """One remote model folder.
+
+    Attributes:
+        describe: the route, for the log and provenance: "unity-catalog/files-api".
+        ranges: False when `open` always fetches whole files.
+    """
+
+    ranges = True
 
     def __init__(self, describe: str) -> None:
-        self.describe = describe  # the route, for the log and provenance: "unity-catalog/files-api"
+        self.describe = describe
 
     @abstractmethod
     def list(self) -> list[RemoteFile]:

@@ -115,6 +115,7 @@ class HttpStore(RepositoryStore):
             start=first,
             total=total,
             version=answer.headers.get("ETag") or answer.headers.get("Last-Modified", ""),
+            partial=answer.status_code == 206,
             md5=answers.md5(answer),
             close=answer.close,
         )
@@ -226,6 +227,8 @@ class LocalStore(RepositoryStore):
 class WholeFileStore(RepositoryStore):
     """Any other store mlflow has a plug-in for: files come whole, by mlflow's own client, and start at 0."""
 
+    ranges = False
+
     def open(self, path: str, start: int = 0, end: int | None = None) -> Body:
         folder = tempfile.TemporaryDirectory()
         local = Path(folder.name) / "file"
@@ -240,7 +243,9 @@ class WholeFileStore(RepositoryStore):
             stream.close()
             folder.cleanup()
 
-        return Body(iter(lambda: stream.read(CHUNK), b""), 0, local.stat().st_size, close=close)
+        return Body(
+            iter(lambda: stream.read(CHUNK), b""), 0, local.stat().st_size, partial=False, close=close
+        )
 
 
 def open_store(make: Callable[[], Any], root: str = "", describe: str = "") -> Store:

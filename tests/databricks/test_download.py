@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +46,8 @@ class FakeStore(Store):
         data = self.files[path]
         first = start if self.ranges else 0
         last = end if self.ranges and end is not None else len(data)
-        limit = self.break_after.pop(0) if self.break_after else None
+        looking = (start, end) == (0, 1)  # at the validator, or whether ranges are honoured
+        limit = self.break_after.pop(0) if self.break_after and not looking else None
 
         def chunks() -> Iterator[bytes]:
             sent = 0
@@ -56,7 +60,7 @@ class FakeStore(Store):
                 yield chunk
 
         total = len(data) if self.sizes else None
-        return Body(chunks(), first, total, self.etag, self.md5.get(path))
+        return Body(chunks(), first, total, self.etag, self.ranges, self.md5.get(path))
 
     def renew(self) -> None:
         raise AssertionError("no credentials here")
@@ -81,6 +85,13 @@ def test_every_kind_of_store(ranges: bool, sizes: bool, tmp_path: Path) -> None:
         assert (result.path, result.bytes) == (path, len(content))
         assert result.sha256 == hashlib.sha256(content).hexdigest()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "empty", "exact"]
+
+
+def test_a_store_without_ranges_sends_each_file_once(tmp_path: Path) -> None:
+    """An MLflow 2 server: asked for parts, it sends the whole file for every one of them."""
+    store = FakeStore({"a": data(6 * PART), "b": data(3 * PART, 1)}, ranges=False)
+    fetch(store, tmp_path / "out")
+    assert store.sent == 9 * PART
 
 
 def test_a_broken_transfer_goes_on_where_it_broke(tmp_path: Path) -> None:
@@ -111,16 +122,16 @@ def test_another_process_goes_on_where_this_one_died(tmp_path: Path, monkeypatch
     assert not resume.exists()
 
 
-@pytest.mark.parametrize("what", ["etag", "size", "garbage"])
+@pytest.mark.parametrize("what", ["etag", "longer", "shorter", "garbage"])
 def test_remains_of_another_content_are_not_used(what: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(downloader, "ATTEMPTS", 1)
     resume = tmp_path / "resume"
     store = FakeStore({"w": data(2 * PART)})
-    store.break_after = [2 << 20]
-    with pytest.raises(StepError):
+    store.break_after = [PART, 2 << 20]
+    with pytest.raises(StepError, match="failed 1 times"):
         fetch(store, tmp_path / "first", workers=1, resume_dir=resume)
     monkeypatch.setattr(downloader, "ATTEMPTS", 3)
-    content = data(2 * PART + (1 if what == "size" else 0), seed=9)
+    content = data(2 * PART + {"longer": 1, "shorter": -PART - 1}.get(what, 0), seed=9)
     store.files["w"] = content
     store.etag = "2"
     if what == "garbage":
@@ -162,17 +173,81 @@ def test_progress_tells_bytes_share_and_rate(tmp_path: Path) -> None:
     assert lines[-1].endswith("B/s")
 
 
-def test_thousands_of_small_files_do_not_stay_open(tmp_path: Path) -> None:
+class Replaced(FakeStore):
+    """A file is replaced between the answers to its first two parts, before a byte of either was read."""
+
+    def __init__(self, old: bytes, new: bytes) -> None:
+        super().__init__({"w": old})
+        self.old, self.new, self.second = old, new, threading.Event()
+
+    def open(self, path: str, start: int = 0, end: int | None = None) -> Body:
+        if start == 0 and end == PART and not self.second.is_set():
+            body = Body(self.late(), 0, len(self.old), "1")
+            self.files[path], self.etag = self.new, "2"
+            return body
+        body = super().open(path, start, end)
+        if start:
+            self.second.set()
+        return body
+
+    def late(self) -> Iterator[bytes]:
+        self.second.wait(10)
+        time.sleep(0.2)  # the other part's answer is compared now
+        yield from (self.old[at : at + (1 << 20)] for at in range(0, PART, 1 << 20))
+
+
+def test_two_contents_are_never_glued_together(tmp_path: Path) -> None:
+    store = Replaced(data(2 * PART), data(2 * PART, 1))
+    fetch(store, tmp_path / "out", workers=2)
+    assert (tmp_path / "out" / "w").read_bytes() == store.new
+
+
+def test_two_pulls_at_once_do_not_share_unfinished_files(tmp_path: Path) -> None:
+    """The first is still at work when the second, which sees another content, ends."""
+    go_on = threading.Event()
+
+    class Slow(FakeStore):
+        def open(self, path: str, start: int = 0, end: int | None = None) -> Body:
+            body = super().open(path, start, end)
+            if start:
+                go_on.wait(20)
+            return body
+
+    slow, quick = Slow({"w": data(2 * PART)}), FakeStore({"w": data(2 * PART, 1)})
+    quick.etag, resume = "2", tmp_path / "resume"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(fetch, slow, tmp_path / "first", resume_dir=resume)
+        while not list(resume.glob("*.part")):
+            time.sleep(0.01)
+        fetch(quick, tmp_path / "second", resume_dir=resume)
+        go_on.set()
+        [result] = first.result()
+    for store, name in ((slow, "first"), (quick, "second")):
+        assert (tmp_path / name / "w").read_bytes() == store.files["w"]
+    assert result.sha256 == hashlib.sha256(slow.files["w"]).hexdigest()
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 300), ((2 << 20) + 1, 60)])
+def test_thousands_of_files_take_few_descriptors_and_threads(size: int, count: int, tmp_path: Path) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(list(Path("/proc/self/fd").iterdir()))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, hard))
+    used, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    most, blob = 0, data(size)
+
+    class Counting(FakeStore):
+        def open(self, path: str, start: int = 0, end: int | None = None) -> Body:
+            nonlocal most
+            most = max(most, threading.active_count())
+            return super().open(path, start, end)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
     try:
-        results = fetch(FakeStore({f"f{index}": b"x" for index in range(300)}), tmp_path / "out")
+        results = fetch(Counting({f"f{index}": blob for index in range(count)}), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(results) == 300
+    assert len(results) == count
+    assert most - threads <= 16, "one thread a file"
 
 
 @settings(deadline=None, max_examples=25)
