@@ -10,7 +10,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 from steps.job import StepError
@@ -40,18 +40,20 @@ def check_weights(folder: Path, allow_pickle: bool) -> None:
     """Check every file below `folder` (the downloaded model).
 
     Raises:
-        StepError: a file is a pickle (by content), a safetensors file is truncated or malformed, or a shard
-            that an index names is missing.
+        StepError: a file is a pickle (by content), a safetensors file is truncated or malformed, or an index
+            names a tensor that its shard does not hold.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    tensors: dict[Path, Set[str]] = {}
     for file in files:
         name = file.relative_to(folder).as_posix()
         if not allow_pickle and (reason := pickle_reason(file)):
             raise _pickle_error(name, reason, 1)
         if file.suffix == ".safetensors":
-            check_safetensors(file, name)
-        elif file.name.endswith(".safetensors.index.json"):
-            _check_index(file, name)
+            tensors[file] = check_safetensors(file, name)
+    for file in files:
+        if file.name.endswith(".safetensors.index.json"):
+            _check_index(file, file.relative_to(folder).as_posix(), tensors)
 
 
 def pickle_reason(file: Path) -> str | None:
@@ -60,7 +62,9 @@ def pickle_reason(file: Path) -> str | None:
         head = stream.read(256)
     if head.startswith(_PROTOCOLS) and head[2:3].decode("latin-1") in _OPCODES:
         return "its content begins as a pickle"
-    if head.startswith(b"PK\x03\x04"):
+    if (
+        head.startswith(b"PK\x03\x04") and file.suffix != ".whl"
+    ):  # a wheel may hold pickles as its tests' data
         try:
             with zipfile.ZipFile(file) as archive:
                 pickled = [name for name in archive.namelist() if Path(name).suffix in {".pkl", ".pickle"}]
@@ -78,7 +82,7 @@ def pickle_reason(file: Path) -> str | None:
     return None
 
 
-def check_safetensors(file: Path, name: str) -> None:
+def check_safetensors(file: Path, name: str) -> Set[str]:
     """Compare a safetensors file with its own header: every tensor's bytes, and their sum, must be there.
 
     Format: 8 bytes little-endian header length, a JSON header, then the tensors without gaps
@@ -87,6 +91,9 @@ def check_safetensors(file: Path, name: str) -> None:
     Args:
         file: the file.
         name: how to call it in an error.
+
+    Returns:
+        the names of its tensors.
 
     Raises:
         StepError: truncated, or the header contradicts the file.
@@ -102,14 +109,15 @@ def check_safetensors(file: Path, name: str) -> None:
         try:
             header = json.loads(stream.read(length))
             tensors = {key: value for key, value in header.items() if key != "__metadata__"}
-            spans = sorted((*value["data_offsets"], key) for key, value in tensors.items())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            spans = sorted((*_span(value), key) for key, value in tensors.items())
+            needed = {key: _tensor_bytes(value) for key, value in tensors.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _safetensors_error(name, "has a header that is no table of tensors") from None
     position = 0
     for begin, end, key in spans:
         if begin != position or end < begin:
             raise _safetensors_error(name, f"leaves a gap or an overlap before tensor {key!r:.100}")
-        if end - begin != _tensor_bytes(tensors[key]):
+        if end - begin != needed[key]:
             raise _safetensors_error(
                 name, f"has {end - begin} bytes for {key!r:.100}, not what its shape needs"
             )
@@ -117,23 +125,41 @@ def check_safetensors(file: Path, name: str) -> None:
     if 8 + length + position != size:
         state = "truncated" if size < 8 + length + position else "longer than it should be"
         raise _safetensors_error(name, f"is {state}: {size} bytes, its header says {8 + length + position}")
+    return tensors.keys()
+
+
+def _span(entry: dict) -> tuple[int, int]:
+    begin, end = map(_count, entry["data_offsets"])
+    return begin, end
 
 
 def _tensor_bytes(entry: dict) -> int:
-    bits = _ITEM_BITS.get(entry.get("dtype", ""))
-    try:
-        return -1 if bits is None else (math.prod(entry["shape"]) * bits + 7) // 8
-    except (KeyError, TypeError):
-        return -1
+    """Bytes that shape and type need; -1 for a type that safetensors does not have."""
+    values = math.prod(map(_count, entry["shape"]))
+    bits = _ITEM_BITS.get(str(entry["dtype"]))
+    return -1 if bits is None else (values * bits + 7) // 8
 
 
-def _check_index(file: Path, name: str) -> None:
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _check_index(file: Path, name: str, tensors: dict[Path, Set[str]]) -> None:
+    """Compare an index with its shards; `tensors` holds the names in each safetensors file of the model."""
     try:
-        shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
+        entries = sorted(json.loads(file.read_text(encoding="utf-8"))["weight_map"].items())
+        shards = {shard: file.parent / shard for _, shard in entries}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise _safetensors_error(name, "is no safetensors index (weight_map)") from None
-    if missing := sorted(shard for shard in shards if not (file.parent / str(shard)).is_file()):
-        raise _safetensors_error(name, f"names the shard {missing[0]!r:.200}, which the model does not hold")
+    for tensor, shard in entries:
+        if shards[shard] not in tensors:
+            raise _safetensors_error(name, f"names the shard {shard!r:.200}, which the model does not hold")
+        if tensor not in tensors[shards[shard]]:
+            raise _safetensors_error(
+                name, f"says that {shard!r:.200} holds {tensor!r:.200}, which it does not"
+            )
 
 
 def _is_text_pickle(data: bytes) -> bool:

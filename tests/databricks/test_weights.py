@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from steps.job import StepError
@@ -139,7 +140,9 @@ def test_any_truncation_is_seen(length: int) -> None:
         (struct.pack("<Q", 2) + b"[]", "no table of tensors"),
         (with_header(lambda h: h["a"].update(shape=[2, 4])), "not what its shape needs"),
         (with_header(lambda h: h["a"].update(dtype="F12")), "not what its shape needs"),
-        (with_header(lambda h: h["a"].pop("shape")), "not what its shape needs"),
+        (with_header(lambda h: h["a"].update(shape=[-2, -3])), "no table of tensors"),
+        (with_header(lambda h: h["a"].pop("shape")), "no table of tensors"),
+        (with_header(lambda h: h["a"].update(data_offsets=[0, 24, 34])), "no table of tensors"),
         (with_header(lambda h: h["b"].update(data_offsets=[25, 35])), "gap or an overlap"),
     ],
 )
@@ -152,9 +155,70 @@ def test_a_header_that_contradicts_the_file(blob: bytes, words: str, tmp_path: P
 
 def test_shards_that_an_index_names_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(good())
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}}
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(StepError, match="model-00002-of-00002"):
         check_weights(tmp_path, allow_pickle=False)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(good())
+    check_weights(tmp_path, allow_pickle=False)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        ({"a": "w-1.safetensors", "c": "w-2.safetensors"}, "says that 'w-2.safetensors' holds 'c'"),
+        ({"a": "../other/w.safetensors"}, "names the shard '../other"),
+        ({"a": "/etc/hostname"}, "names the shard '/etc/hostname'"),
+        ({"a": "config.json"}, "names the shard 'config.json'"),
+        ({"a": 1}, "is no safetensors index"),
+        (["a"], "is no safetensors index"),
+    ],
+)
+def test_an_index_that_lies(weight_map: object, words: str, tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    for file in (model / "w-1.safetensors", model / "w-2.safetensors", other / "w.safetensors"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(good())
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(StepError, match=words):
+        check_weights(model, allow_pickle=False)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    st.sampled_from(["a", "b", "__metadata__"]),
+    st.sampled_from(["dtype", "shape", "data_offsets", ""]),
+    _JSON,
+)
+def test_any_header_is_accepted_or_explained(key: str, field: str, value: object) -> None:
+    """And what is accepted, the safetensors library reads."""
+    import tempfile
+
+    def change(header: dict) -> None:
+        if field and key in header:
+            header[key][field] = value
+        else:
+            header[key] = value
+
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as stream:
+        stream.write(with_header(change))
+        stream.flush()
+        try:
+            names = check_safetensors(Path(stream.name), "w")
+        except StepError:
+            return
+        if key != "__metadata__":
+            with safe_open(stream.name, "np") as opened:
+                assert names == set(opened.keys())
+
+
+def test_a_wheel_may_hold_pickles_as_data(tmp_path: Path) -> None:
+    (tmp_path / "numpy-2.4.6-cp311-cp311-linux_x86_64.whl").write_bytes(torch_archive("numpy/tests/old.pkl"))
     check_weights(tmp_path, allow_pickle=False)
