@@ -16,7 +16,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,18 @@ __all__ = ["BuildError", "build", "cached_package", "default_cache_dir", "write_
 def default_cache_dir() -> Path:
     """$MLA_KERNEL_CACHE, else ~/.cache/mla-pipeline/kernels."""
     configured = os.environ.get("MLA_KERNEL_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "mla-pipeline" / "kernels"
+    try:
+        return Path(configured) if configured else Path.home() / ".cache" / "mla-pipeline" / "kernels"
+    except RuntimeError:  # a user without an entry in the password database
+        raise BuildError("no home folder for the compile cache; set MLA_KERNEL_CACHE to a folder") from None
 
 
 def build(targets: str | Sequence[str], out_dir: Path, cache_dir: Path | None = None) -> KernelIndex:
     """Build `targets` into `out_dir` and return its verified index.
 
     "auto" builds every target that can be built here and records why another cannot; a target named by itself
-    must build. Raises BuildError with the remedy (no compiler, compiler's error, nothing could be built).
+    must build. Raises BuildError with the remedy (no compiler, compiler's error, nothing could be built, a
+    folder that cannot be written).
     """
     names = [targets] if isinstance(targets, str) else list(targets)
     automatic = names == ["auto"]
@@ -67,12 +72,12 @@ def build(targets: str | Sequence[str], out_dir: Path, cache_dir: Path | None = 
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise BuildError(f"no kernel target can be built here: {reasons or 'none was asked for'}")
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, package in packages.items():
-        publish_folder(out_dir / name, functools.partial(_copy_files, package.folder), replace=True)
-    return write_index(
-        out_dir, ",".join(names), {name: {"sha256": one.sha256} for name, one in packages.items()}, skipped
-    )
+    with _explained(f"artifact folder {out_dir}", "make room there, or give another folder"):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for name, package in packages.items():
+            publish_folder(out_dir / name, functools.partial(_copy_files, package.folder), replace=True)
+        entries = {name: {"sha256": package.sha256} for name, package in packages.items()}
+        return write_index(out_dir, ",".join(names), entries, skipped)
 
 
 def write_index(
@@ -99,15 +104,28 @@ def cached_package(target: str, cache_dir: Path | None = None) -> KernelPackage:
         raise BuildError(f"unknown kernel target {target!r}; known: {', '.join(RECIPES)}")
     recipe = RECIPES[target]()
     key = recipe.key()
-    folder = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{target}-{key[:32]}"
-    if folder.exists():
-        try:
-            return KernelPackage.load(folder)
-        except KernelPackageError as error:
-            print(f"kernels.build: cache entry rejected, compiling again: {error}", file=sys.stderr)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    publish_folder(folder, lambda temporary: _compile(recipe, temporary), replace=folder.exists())
-    return KernelPackage.load(folder)
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    folder = cache / f"{target}-{key[:32]}"
+    with _explained(
+        f"compile cache {cache}", "set MLA_KERNEL_CACHE or --cache to a folder that can be written"
+    ):
+        if folder.exists():
+            try:
+                return KernelPackage.load(folder)
+            except KernelPackageError as error:
+                print(f"kernels.build: cache entry rejected, compiling again: {error}", file=sys.stderr)
+        cache.mkdir(parents=True, exist_ok=True)
+        publish_folder(folder, lambda temporary: _compile(recipe, temporary), replace=folder.exists())
+        return KernelPackage.load(folder)
+
+
+@contextmanager
+def _explained(where: str, fix: str) -> Iterator[None]:
+    """BuildError instead of what the operating system says of a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"{where}: {error.strerror or error} ({error.filename}); {fix}") from error
 
 
 def _compile(recipe: Recipe, folder: Path) -> None:

@@ -84,11 +84,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise KernelPackageError(
             f"{path} is missing; build the kernel again (python -m kernels.build)"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise KernelPackageError(f"{path} is not JSON ({error}); build the kernel again") from None
+    return _object(value, path)
+
+
+def _object(value: object, where: object) -> dict[str, Any]:
+    """`value`, if JSON gave an object."""
     if not isinstance(value, dict):
         raise KernelPackageError(
-            f"{path} holds {type(value).__name__}, not an object; build the kernel again"
+            f"{where} holds {type(value).__name__}, not an object; build the kernel again"
         )
     return value
 
@@ -187,7 +192,11 @@ class FlashMlaPackage:
                 f"{folder / MANIFEST} lacks {', '.join(sorted(missing))}; run CompileKernel again"
             )
         _check_machine(folder, manifest)
-        check_files(folder / "site", manifest["files"], site_files(folder / "site"))
+        check_files(
+            folder / "site",
+            _object(manifest["files"], f"files of {folder / MANIFEST}"),
+            site_files(folder / "site"),
+        )
         sha = combined_sha256(manifest["files"])
         if sha != manifest["sha256"]:
             raise KernelPackageError(
@@ -247,7 +256,7 @@ class KernelIndex:
         packages: dict[str, KernelPackage] = {}
         flash_mla: FlashMlaPackage | None = None
         hashes: dict[str, str] = {}
-        for target, entry in index.get("packages", {}).items():
+        for target, entry in _object(index.get("packages", {}), f"packages of {folder / INDEX}").items():
             if target == FLASH_MLA:
                 flash_mla = FlashMlaPackage.load(folder / target)
                 hashes[target] = flash_mla.sha256
@@ -258,9 +267,10 @@ class KernelIndex:
                     raise KernelPackageError(
                         f"{folder / target} holds target {package.target!r}, expected {target!r}"
                     )
-            if hashes[target] != entry.get("sha256"):
+            claimed = _object(entry, f"{target} of {folder / INDEX}").get("sha256")
+            if hashes[target] != claimed:
                 raise KernelPackageError(
-                    f"{folder / target} has sha256 {hashes[target]}, {INDEX} says {entry.get('sha256')}; "
+                    f"{folder / target} has sha256 {hashes[target]}, {INDEX} says {claimed}; "
                     "the artifact was mixed from two builds, build it again"
                 )
         expected = combined_sha256(hashes)
@@ -268,7 +278,7 @@ class KernelIndex:
             raise KernelPackageError(
                 f"{folder / INDEX} has sha256 {index.get('sha256')}, its packages give {expected}"
             )
-        skipped = dict(index.get("skipped", {}))
+        skipped = _object(index.get("skipped", {}), f"skipped of {folder / INDEX}")
         return cls(folder, index.get("requested", ""), packages, skipped, expected, flash_mla)
 
 

@@ -54,6 +54,8 @@ CPU_UNIT_FLAGS: Mapping[str, tuple[str, ...]] = {
     "kernel_avx512bf16.cc": (*_AVX512, "-mavx512bf16"),
 }
 X86 = ("x86_64", "AMD64")
+CPU_NEEDS = "GCC 10 or newer with OpenMP"  # the first GCC that knows -mavx512bf16
+HOPPER_NEEDS = "the CUDA toolkit 12.4 or newer"
 
 HOPPER_FLAGS = (
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -68,6 +70,9 @@ HOPPER_FLAGS = (
     "-Xcompiler",
     "-fvisibility=hidden",
 )
+
+
+CANNOT_RUN = 126  # as a shell's exit code
 
 
 class BuildError(RuntimeError):
@@ -96,6 +101,7 @@ class Recipe:
     flags: tuple[str, ...]
     sources: tuple[Path, ...]
     headers: tuple[Path, ...]
+    needs: str  # for a person whose compiler fails
     runner: Callable[[Recipe, Path, Path], CompilerReport] = field(repr=False)
 
     def source_sha256(self) -> str:
@@ -121,18 +127,27 @@ class Recipe:
 
     def compile(self, folder: Path, log: Path) -> CompilerReport:
         """Write `folder`/libmla_decode.so and `log`; BuildError with the end of the compiler's output."""
-        return self.runner(self, folder, log)
+        report = self.runner(self, folder, log)
+        if not (folder / LIBRARY).is_file():
+            name = self.compiler[0]
+            raise BuildError(f"{name} wrote no {LIBRARY}, though it reported no error; is it a compiler?")
+        return report
 
 
 def cpu_recipe() -> Recipe:
     """C++17 and OpenMP by $CXX, else g++."""
     configured = os.environ.get("CXX", "")
-    command = tuple(shlex.split(configured)) or ("g++",)
+    try:
+        command = tuple(shlex.split(configured)) or ("g++",)
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise BuildError(
+            f"CXX={configured!r} is no command: {reason}; set CXX to a C++ compiler", unavailable=True
+        ) from None
     if shutil.which(command[0]) is None:
         where = f"CXX={configured!r}" if configured else "g++"
         raise BuildError(
-            f"{where} not found on PATH; install a C++17 compiler with OpenMP (package g++) or set CXX",
-            unavailable=True,
+            f"{where} not found on PATH; install {CPU_NEEDS} (package g++) or set CXX", unavailable=True
         )
     folder = SOURCE_ROOT / "cpu"
     sources = sorted(folder.glob("*.cc"))
@@ -146,6 +161,7 @@ def cpu_recipe() -> Recipe:
         flags=(*CPU_FLAGS, *CPU_LINK_FLAGS, *unit_flags),
         sources=tuple(sources),
         headers=(SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h"))),
+        needs=CPU_NEEDS,
         runner=_compile_cpu,
     )
 
@@ -177,7 +193,7 @@ def hopper_recipe() -> Recipe:
     if not sources:
         raise BuildError("csrc/hopper holds no sources", unavailable=True)
     if shutil.which("nvcc") is None:
-        raise BuildError("nvcc not found on PATH; install the CUDA toolkit 12.4 or newer", unavailable=True)
+        raise BuildError(f"nvcc not found on PATH; install {HOPPER_NEEDS}", unavailable=True)
     headers = [SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h")), *sorted(folder.glob("*.cuh"))]
     return Recipe(
         target="hopper",
@@ -186,6 +202,7 @@ def hopper_recipe() -> Recipe:
         flags=(*HOPPER_FLAGS, *debug),
         sources=tuple(sources),
         headers=tuple(headers),
+        needs=HOPPER_NEEDS,
         runner=_compile_hopper,
     )
 
@@ -205,8 +222,12 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {"cpu": cpu_recipe, "hopper": hopp
 
 def _run(command: list[str]) -> tuple[int, str]:
     """Exit code, and the command with what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    return done.returncode, f"$ {shlex.join(command)}\n{done.stdout}{done.stderr}"
+    line = f"$ {shlex.join(command)}\n"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        return CANNOT_RUN, f"{line}{error}\n"
+    return done.returncode, f"{line}{done.stdout}{done.stderr}"
 
 
 def _raise_on_failure(recipe: Recipe, output: list[tuple[int, str]]) -> None:
@@ -214,16 +235,20 @@ def _raise_on_failure(recipe: Recipe, output: list[tuple[int, str]]) -> None:
         if code != 0:
             tail = "\n".join(text.splitlines()[-20:])
             raise BuildError(
-                f"{recipe.compiler[0]} failed with exit code {code} on target {recipe.target}:\n{tail}"
+                f"{recipe.compiler[0]} failed with exit code {code} on target {recipe.target}, "
+                f"which needs {recipe.needs}:\n{tail}"
             )
 
 
 @functools.cache
 def _compiler_version(command: tuple[str, ...]) -> str:
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{shlex.join(command)} cannot be run: {error}", unavailable=True) from None
     if done.returncode != 0:
         raise BuildError(
             f"{shlex.join(command)} --version failed: {done.stderr.strip()[-300:]}", unavailable=True
         )
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["unknown version"]
     return lines[-1] if command[0] == "nvcc" else lines[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -118,6 +119,71 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build("cpu", tmp_path / "kernel", tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("not a program", "cannot be run: .*Exec format error"),
+        ("#!/bin/sh\n", "wrote no libmla_decode.so, though it reported no error"),
+        ("#!/bin/sh\necho 9.4.0; [ $1 = --version ]", "needs GCC 10 or newer with OpenMP"),
+    ],
+)
+def test_unusable_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str
+) -> None:
+    path = tmp_path / "c++"
+    path.write_text(script)
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    with pytest.raises(BuildError, match=message):
+        build("cpu", tmp_path / "kernel", tmp_path / "cache")
+
+
+def test_compiler_command_that_no_shell_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.raises(BuildError, match=r"CXX=.* is no command: No closing quotation; set CXX to"):
+        build("cpu", tmp_path / "kernel", tmp_path / "cache")
+
+
+def test_folders_that_cannot_be_written_are_named_with_the_remedy(
+    tmp_path: Path, fake_compiler: FakeCompiler
+) -> None:
+    fake_compiler()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(BuildError, match=f"compile cache {file}: File exists.*MLA_KERNEL_CACHE or --cache"):
+        build("cpu", tmp_path / "kernel", file)
+    with pytest.raises(BuildError, match=f"artifact folder {file}/kernel: Not a directory.*another folder"):
+        build("cpu", file / "kernel", tmp_path / "cache")
+
+
+def test_a_cache_is_read_where_it_cannot_be_written(
+    tmp_path: Path, fake_compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler()
+    package = cached_package("cpu", tmp_path / "cache")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "cache"))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert cached_package("cpu", tmp_path / "cache").sha256 == package.sha256
+    (package.folder / "libmla_decode.so").write_text("bit rot")
+    with pytest.raises(BuildError, match=r"compile cache .*: Read-only file system"):
+        cached_package("cpu", tmp_path / "cache")
+
+
+def test_no_home_and_no_cache(monkeypatch: pytest.MonkeyPatch, fake_compiler: FakeCompiler) -> None:
+    fake_compiler()
+    monkeypatch.delenv("MLA_KERNEL_CACHE", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(BuildError, match="no home folder for the compile cache; set MLA_KERNEL_CACHE"):
+        cached_package("cpu")
+
+
 def test_unknown_target(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"unknown kernel target 'tpu'; known: cpu, hopper"):
         build("tpu", tmp_path, tmp_path)
@@ -147,6 +213,10 @@ def test_auto_says_why_a_target_is_skipped(
         (lambda d: edit(d / "cpu/manifest.json", target="hopper"), "holds target 'hopper', expected 'cpu'"),
         (lambda d: edit(d / "cpu/manifest.json", target=None), "lacks target"),
         (lambda d: edit(d / "index.json", schema_version=2), "schema_version 2, this code reads 1"),
+        (lambda d: (d / "index.json").write_text("[" * 100_000), "is not JSON"),
+        (lambda d: edit(d / "index.json", packages=["cpu"]), "index.json holds list, not an object"),
+        (lambda d: edit(d / "index.json", packages={"cpu": "x"}), "cpu of"),
+        (lambda d: edit(d / "index.json", skipped=7), "index.json holds int, not an object"),
         (lambda d: edit(d / "index.json", sha256="00"), "has sha256 00"),
         (lambda d: edit(d / "index.json", packages={"cpu": {"sha256": "00"}}), "mixed from two builds"),
     ],

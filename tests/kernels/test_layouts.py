@@ -69,8 +69,10 @@ def test_layout_does_not_matter(backend: Backend, layout: Layout, dtype: torch.d
     inputs = dataclasses.replace(inputs, **layout(inputs))
     try:
         out, lse = backend(*inputs.arguments())
-    except NotImplementedError as error:  # the hopper target refuses some layouts by name
-        pytest.skip(str(error))
+    except NotImplementedError as error:
+        if backend.name != "hopper":
+            raise
+        pytest.skip(str(error))  # it refuses some layouts by name
     bound = 4 * 2.0**-9 if dtype == torch.bfloat16 else 2e-5
     # Triton's interpreter cuts float32 to bfloat16 where hardware rounds.
     result = compare("layout", inputs, out, lse, 2 * bound, 1e-3)
