@@ -14,12 +14,14 @@ from container.serving.loop import EngineLoop, Streams
 from container.serving.protocol import ChatRequest, CompletionRequest
 from container.serving.sequence import BadRequest
 
+LONG_TEXT = 16_384  # characters, about 10 ms of tokenizing
+
 
 async def answer(
     loop: EngineLoop, model: str, http: Request, request: CompletionRequest | ChatRequest
 ) -> Response:
     """OpenAI's JSON, or events of it when the request asks for a stream. `model` is the name served."""
-    streams = _submit(loop, model, request)
+    streams = await _submit(loop, model, request)
     chat = isinstance(request, ChatRequest)
     build = Answer(chat, model, loop.engine.tokenizer, request.n, request.return_token_ids)
     if request.stream:
@@ -31,27 +33,35 @@ async def answer(
 
 async def predictions(loop: EngineLoop, model: str, http: Request, request: CompletionRequest) -> Response:
     """MLflow's JSON: the text of every prompt."""
-    streams = _submit(loop, model, request)
+    streams = await _submit(loop, model, request)
     await _collect(http, streams)
     return JSONResponse({"predictions": [s.detokenizer.text for s in streams.sequences]})
 
 
-def _submit(loop: EngineLoop, model: str, request: CompletionRequest | ChatRequest) -> Streams:
+async def _submit(loop: EngineLoop, model: str, request: CompletionRequest | ChatRequest) -> Streams:
     if request.model is not None and request.model != model:
         raise BadRequest(f"model {request.model!r} is not served here, it is {model!r}", "model")
-    if isinstance(request, ChatRequest):
-        messages = [m.plain() for m in request.messages]
-        prompts: list[str | list[int]] = [loop.engine.tokenizer.chat_prompt(messages)]
-    else:
-        prompts = request.prompts()
-    if not 1 <= len(prompts) * request.n <= protocol.MAX_PROMPTS:
-        raise BadRequest(
-            f"{len(prompts)} prompts times n={request.n}, expected 1..{protocol.MAX_PROMPTS}", "prompt"
-        )
+    count = 1 if isinstance(request, ChatRequest) else len(request.prompts())
+    if not 1 <= count * request.n <= protocol.MAX_PROMPTS:
+        raise BadRequest(f"{count} prompts times n={request.n}, expected 1..{protocol.MAX_PROMPTS}", "prompt")
+    loop.check_room(count * request.n)
+    prompts = await _token_ids(loop, request)
     copies = [prompt for prompt in prompts for _ in range(request.n)]
     return loop.submit(
-        copies, request.samplings(len(prompts), loop.engine.config.generation), ends_only=not request.stream
+        copies, request.samplings(count, loop.engine.config.generation), ends_only=not request.stream
     )
+
+
+async def _token_ids(loop: EngineLoop, request: CompletionRequest | ChatRequest) -> list[list[int]]:
+    """The request's prompts, tokenized; a long text in a thread, since streams and /ping wait meanwhile."""
+    engine = loop.engine
+
+    def work() -> list[list[int]]:
+        if isinstance(request, ChatRequest):
+            return [engine.tokenizer.chat_prompt([m.plain() for m in request.messages])]
+        return [engine.encode(p) if isinstance(p, str) else p for p in request.prompts()]
+
+    return await asyncio.to_thread(work) if request.characters > LONG_TEXT else work()
 
 
 async def _collect(http: Request, streams: Streams) -> None:

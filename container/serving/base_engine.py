@@ -77,20 +77,23 @@ class BaseEngine(ABC):
         self.enqueue(sequence)
         return sequence
 
-    def prepare(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
-        """Checks a prompt and makes its sequence without queueing it; never waits for a running step."""
-        if isinstance(prompt, str) and len(prompt) > MAX_CHARACTERS_A_TOKEN * self.max_model_len:
-            # not even worth tokenizing, which takes time of others
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt: about a second for a million characters, other threads go on meanwhile."""
+        if len(text) > MAX_CHARACTERS_A_TOKEN * self.max_model_len:
             raise BadRequest(
-                f"prompt of {len(prompt)} characters is over this model's {self.max_model_len} tokens",
+                f"prompt of {len(text)} characters is over this model's {self.max_model_len} tokens",
                 "prompt",
                 "context_length_exceeded",
             )
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.tokenizer.encode(text)
+
+    def prepare(self, prompt: str | Many[int], sampling: Sampling) -> Sequence:
+        """Checks a prompt and makes its sequence without queueing it; never waits for a running step."""
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise BadRequest("prompt is empty; give at least one token", "prompt")
-        bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
-        if bad is not None:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        if not 0 <= bad < self.config.vocab_size:
             raise BadRequest(
                 f"prompt has token id {bad}, the vocabulary has 0..{self.config.vocab_size - 1}", "prompt"
             )

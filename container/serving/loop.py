@@ -84,19 +84,9 @@ class EngineLoop:
         self._thread.join(timeout)
         self.engine.close()
 
-    def submit(
-        self, prompts: Many[str | list[int]], sampling: Many[Sampling], ends_only: bool = False
-    ) -> Streams:
+    def submit(self, prompts: Many[list[int]], sampling: Many[Sampling], ends_only: bool = False) -> Streams:
         """Queues one sequence for each prompt, all or none. Raises BadRequest, Overloaded or Stopped."""
-        if self._failed or self._stopping:
-            raise Stopped("the engine has stopped; try another instance")
-        if len(prompts) > self.max_queue:
-            raise BadRequest(
-                f"{len(prompts)} completions at once are more than MLA_MAX_QUEUE, {self.max_queue}", "n"
-            )
-        waiting = self.engine.waiting + len(self._inbox)
-        if waiting + len(prompts) > self.max_queue:
-            raise Overloaded(waiting, self._retry_after(waiting))
+        self.check_room(len(prompts))
         sequences = [self.engine.prepare(p, s) for p, s in zip(prompts, sampling, strict=True)]
         streams = Streams(self, sequences, ends_only)
         for index, sequence in enumerate(sequences):
@@ -104,6 +94,18 @@ class EngineLoop:
         self._inbox.extend(("add", sequence) for sequence in sequences)
         self._wake.set()
         return streams
+
+    def check_room(self, count: int) -> None:
+        """Raises what `submit` would for `count` sequences at this moment, whatever they are."""
+        if self._failed or self._stopping:
+            raise Stopped("the engine has stopped; try another instance")
+        if count > self.max_queue:
+            raise BadRequest(
+                f"{count} completions at once are more than MLA_MAX_QUEUE, {self.max_queue}", "n"
+            )
+        waiting = self.engine.waiting + len(self._inbox)
+        if waiting + count > self.max_queue:
+            raise Overloaded(waiting, self._retry_after(waiting))
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence early, between two steps."""

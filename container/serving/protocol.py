@@ -1,15 +1,17 @@
 """The JSON of requests: OpenAI completions and chat, and MLflow's scoring format."""
 
 import json
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from container.serving.generation import GenerationDefaults
 from container.serving.sequence import BadRequest, Sampling
 
-Ids = list[StrictInt]
 MAX_PROMPTS = 64
+# Lists stop at their first fault: to name a million of them takes ten seconds, in which nobody is served.
+Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
 MLFLOW_FORMS = ("inputs", "instances", "dataframe_split", "dataframe_records")
 UNSUPPORTED_CODE = "unsupported_parameter"  # as OpenAI has it
 # Fields that would change the answer, which this server does not have, and their values that ask for nothing.
@@ -43,7 +45,7 @@ class Request(BaseModel):
     top_p: float | None = Field(None, allow_inf_nan=False)
     top_k: StrictInt | None = None
     seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Texts | None = None
     n: StrictInt = Field(1, ge=1, le=16)
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -87,11 +89,21 @@ def _counted(seed: int, index: int) -> int:
 class CompletionRequest(Request):
     unsupported = {**UNSUPPORTED, "best_of": (1,), "echo": (False,), "suffix": ("",)}
 
-    prompt: StrictStr | Ids | list[StrictStr] | list[Ids]
+    prompt: (
+        StrictStr
+        | Ids
+        | Annotated[Texts, Field(max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    )
     logprobs: StrictInt | None = None
 
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def characters(self) -> int:
+        """Length of the text to tokenize."""
+        return sum(len(prompt) for prompt in self.prompts() if isinstance(prompt, str))
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -108,8 +120,13 @@ class TextPart(BaseModel):
 
 class Message(BaseModel):
     role: StrictStr
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     tool_calls: Any = None
+
+    @property
+    def characters(self) -> int:
+        content = self.content or ""
+        return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
 
     def plain(self) -> dict[str, str]:
         """Role and text. Raises BadRequest where there is none, or a tool was called."""
@@ -132,7 +149,7 @@ class ChatRequest(Request):
         "tools": ([],),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
@@ -140,6 +157,11 @@ class ChatRequest(Request):
     def model_post_init(self, _: Any) -> None:
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
+
+    @property
+    def characters(self) -> int:
+        """Length of the text to tokenize."""
+        return sum(m.characters for m in self.messages)
 
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
@@ -158,7 +180,7 @@ class Params(BaseModel):
     top_p: float = Field(1.0, allow_inf_nan=False)
     top_k: StrictInt = 0
     seed: StrictInt | None = None
-    stop: list[StrictStr] = []
+    stop: Texts = []
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

@@ -125,12 +125,17 @@ class Endpoint:
         if kind != "application/json":
             raise WrongType(f"content type {kind} is not accepted, send application/json")
         limit = self._serving.settings.max_body_bytes
-        parts, size = [], 0
-        async for part in http.stream():
-            size += len(part)
-            if size > limit:
-                raise TooLarge(f"the body is over {limit} bytes; send a shorter prompt")
-            parts.append(part)
+        # of a body that says its size nothing needs to come before it is refused
+        parts, size = [], int(http.headers.get("content-length", 0))
+        if size <= limit:
+            size = 0
+            async for part in http.stream():
+                size += len(part)
+                if size > limit:
+                    break
+                parts.append(part)
+        if size > limit:
+            raise TooLarge(f"the body is over {limit} bytes; send a shorter prompt")
         return protocol.parse_json(b"".join(parts))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 import uvicorn
 
 from container.serving.engine import Engine, Options
+from container.serving.protocol import CompletionRequest, parse, parse_json
+from container.serving.sequence import BadRequest
 from container.serving.server import create_app
 from container.serving.settings import ServerSettings, SettingsError
 
@@ -334,6 +337,47 @@ def test_fields_that_ask_for_nothing_are_taken(server: Server) -> None:
     assert post(server, "/v1/chat/completions", **chat, **neutral, user="me").status_code == 200
     plain = {"presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "echo": False, "suffix": None}
     assert post(server, prompt="a", max_tokens=1, **plain).status_code == 200
+
+
+def test_a_long_text_is_tokenized_beside_the_other_requests(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    encode = server.engine.tokenizer.encode
+
+    def slow(text: str, special: bool = True) -> list[int]:
+        if len(text) > 10_000:
+            assert gate.wait(20)
+        return encode(text, special)
+
+    monkeypatch.setattr(server.engine.tokenizer, "encode", slow)
+    answers: list[httpx.Response] = []
+    for body in ({"prompt": "a" * 18_000}, {"messages": [{"role": "user", "content": "a" * 18_000}]}):
+        thread = threading.Thread(target=lambda b=body: answers.append(post(server, **b)))
+        thread.start()
+        assert server.client.get("/ping", timeout=10).status_code == 200
+        assert post(server, prompt="a", max_tokens=1).status_code == 200
+        gate.set()
+        thread.join()
+        gate.clear()
+    assert [(a.status_code, a.json()["error"]["code"]) for a in answers] == [
+        (400, "context_length_exceeded")
+    ] * 2
+
+
+def test_a_long_list_of_the_wrong_type_is_refused_at_once(server: Server) -> None:
+    body = parse_json(b'{"prompt": ["a"' + b",1" * 1_000_000 + b"]}")
+    started = time.process_time()
+    with pytest.raises(BadRequest):
+        parse(CompletionRequest, body)
+    assert time.process_time() - started < 1  # all million faults took ten seconds
+
+
+def test_a_body_that_says_it_is_too_long_is_not_waited_for(server: Server) -> None:
+    url = server.client.base_url
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        connection.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_huge_top_k_hurts_nobody(server: Server) -> None:
