@@ -52,7 +52,8 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer puts around a text (a begin token)."""
-        return self._need().encode(text, add_special_tokens=special).ids
+        # a batch, since the library holds the interpreter for as long as it encodes a single text
+        return self._need().encode_batch_fast([text], add_special_tokens=special)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ def test_stop_strings(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
         expected = text[: min(text.find(s) for s in stop if 0 <= text.find(s) <= first - len(s))]
     assert "".join(parts) == detokenizer.text == expected
     assert detokenizer.stopped == bool(ends)
+
+
+def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
+    text = "some words of a text that is long " * 50_000
+    started, ended, between = threading.Event(), threading.Event(), 0
+
+    def work() -> None:
+        started.set()
+        tokenizer.encode(text)
+        ended.set()
+
+    threading.Thread(target=work).start()
+    started.wait()
+    while not ended.wait(0.005):
+        between += 1
+    assert between > 5  # held back for all of it, this thread would hardly count
 
 
 def test_holds_a_character_back_until_it_is_whole(tokenizer: Tokenizer) -> None:
