@@ -43,7 +43,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="false",
         help="go on although the serving image has other versions than the model asks for",
     )
-    parser.add_argument("--workers", type=int, choices=range(1, 65), default=8, help="transfers at a time")
+    parser.add_argument("--workers", type=_workers, default=8, help="transfers at a time, 1 to 64")
+
+
+def _workers(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"{text} is not within 1 and 64")
+    return int(text)
 
 
 def main(job: Job) -> None:

@@ -97,6 +97,14 @@ def wheel_note(name: str, torch: str | None) -> str:
     return ""
 
 
+def local_note(local: str, torch: str | None) -> str:
+    """What the local version of a pinned build ("cu126") says against the image's torch; "" for nothing."""
+    match = re.fullmatch(r"cu(\d+)\d", local)
+    if match and torch and match[1] != torch.split(".")[0]:
+        return f"a build for CUDA {match[1]}, the image's torch is built for CUDA {torch}"
+    return ""
+
+
 def _driver_row(name: str, version: str, ami: str) -> CudaRow:
     minimum = MINIMUM_DRIVER.get(int(version.split(".")[0]))
     driver = AMI_DRIVER.get(ami)

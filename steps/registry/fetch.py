@@ -1,9 +1,8 @@
-"""A model's small files without its weights: enough to answer questions about it."""
+"""A model's own files without its weights: enough to answer questions about what it requires."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from steps.registry.access import connect, resolve
 from steps.registry.download import download
@@ -11,14 +10,11 @@ from steps.registry.errors import explained
 from steps.registry.paths import check_paths
 from steps.registry.uris import parse_model_uri
 
-SMALL = 1 << 20  # bytes
+_TEXTS = {"", ".txt", ".yaml", ".yml"}  # "" is MLmodel's
 
 
-def fetch_small_files(uri: str, destination: Path | None = None) -> Path:
-    """Download every file of at most 1 MiB of the model `uri`.
-
-    Returns:
-        the folder, `destination` or a new temporary one.
+def fetch_texts(uri: str, folder: Path) -> Path:
+    """Download the text files beside MLmodel of the model `uri` into `folder`, which it returns.
 
     Raises:
         StepError: as PullModel would.
@@ -26,9 +22,9 @@ def fetch_small_files(uri: str, destination: Path | None = None) -> Path:
     parsed = parse_model_uri(uri)
     registry = connect()
     model = resolve(registry, parsed)
-    folder = destination or Path(tempfile.mkdtemp(prefix="mla-model-"))
     with explained(registry, f"The files of '{uri}'"):
-        files = [file for file in model.store.list() if file.bytes is not None and file.bytes <= SMALL]
+        listed = ((file, PurePosixPath(file.path)) for file in model.store.list())
+        files = [file for file, path in listed if len(path.parts) == 1 and path.suffix in _TEXTS]
         check_paths(file.path for file in files)
         download(model.store, files, folder)
     return folder

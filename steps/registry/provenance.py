@@ -106,8 +106,10 @@ def _requirements(folder: Path) -> list[str]:
     path = folder / "requirements.txt"
     if not path.is_file():
         return []
-    lines = (line.split(" #")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = (line.split(" #")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    return [
+        redact(line) for line in lines if line and not line.startswith("#")
+    ]  # an index may have a password
 
 
 def _input_example(folder: Path, document: dict[str, Any]) -> Any:

@@ -2,9 +2,8 @@
 
     python -m steps.registry.requirements MODEL_URI [--json] [--write requirements-image.txt]
 
-The model's side: requirements.txt, conda.yaml and python_env.yaml of the MLflow folder. The image's side: the
-serve extra of pyproject.toml with everything it pulls in, at the versions of constraints.txt (both lie in the
-image, see container/Dockerfile).
+The model's side is read by wanted.py. The image's side: the serve extra of pyproject.toml with everything it
+pulls in, at the versions of constraints.txt (both lie in the image, see container/Dockerfile).
 
 Verdicts. same: the image has exactly the version that the model pins. compatible: the image's version
 satisfies the specifier, or the pin differs within one release series (equal major version, for 0.x equal
@@ -21,21 +20,20 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import tomllib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import yaml
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from steps.job import StepError
 from steps.registry import cuda
+from steps.registry.wanted import CONDA, Wanted, applies, model_requirements, pinned
 
 IMAGE_VARIABLE = "MLA_IMAGE_REQUIREMENTS"
 _FILES = ("pyproject.toml", "constraints.txt")
@@ -51,32 +49,6 @@ class Row:
     image: str
     verdict: str
     note: str = ""
-
-
-def model_requirements(folder: Path) -> dict[str, tuple[str, str]]:
-    """What an MLflow model folder asks for.
-
-    Returns:
-        name -> (specifier, file that says so), "python" included. The first file that names a package counts
-        (requirements.txt, conda.yaml, python_env.yaml): MLflow writes the same list to all of them.
-
-    Raises:
-        StepError: a file cannot be read as what its name says.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    if (path := folder / "requirements.txt").is_file():
-        _add(found, path.read_text(encoding="utf-8").splitlines(), path.name)
-    if conda := _read_yaml(folder / "conda.yaml"):
-        for entry in conda.get("dependencies") or []:
-            if isinstance(entry, dict):
-                _add(found, entry.get("pip") or [], "conda.yaml")
-            elif match := re.fullmatch(r"python\s*(=|==)\s*([\w.]+)", str(entry)):
-                found.setdefault("python", (f"=={match[2]}", "conda.yaml"))
-    if environment := _read_yaml(folder / "python_env.yaml"):
-        _add(found, environment.get("dependencies") or [], "python_env.yaml")
-        if environment.get("python"):
-            found.setdefault("python", (f"=={environment['python']}", "python_env.yaml"))
-    return found
 
 
 def image_versions(folder: Path | None = None) -> dict[str, str]:
@@ -108,7 +80,7 @@ def image_versions(folder: Path | None = None) -> dict[str, str]:
     while pending:
         requirement = pending.pop()
         name = canonicalize_name(requirement.name)
-        if name in versions or not _applies(requirement):
+        if name in versions or not applies(requirement):
             continue
         installed = _installed(name)
         if version := pins.get(name) or (installed.version if installed else None):
@@ -117,15 +89,20 @@ def image_versions(folder: Path | None = None) -> dict[str, str]:
     return versions
 
 
-def compare(wanted: dict[str, tuple[str, str]], image: dict[str, str], torch_cuda: str | None) -> list[Row]:
-    """One Row a package, the worst verdicts first.
+def compare(wanted: Wanted, image: dict[str, str], torch_cuda: str | None) -> list[Row]:
+    """One Row a package, the worst verdicts first. What conda alone may know and the image lacks is left out.
 
     Args:
         wanted: as of model_requirements.
         image: as of image_versions.
         torch_cuda: CUDA version of the image's torch ("13.0"), None for a CPU build.
     """
-    rows = [_row(name, specifier, image.get(name, ""), torch_cuda) for name, (specifier, _) in wanted.items()]
+    image = image | ({"cuda": torch_cuda} if torch_cuda else {})
+    rows = [
+        _row(name, specifier, image.get(name, ""), torch_cuda)
+        for name, (specifier, file) in wanted.items()
+        if name in image or file != CONDA
+    ]
     order = ["conflicting", "missing", "compatible", "same"]
     return sorted(rows, key=lambda row: (order.index(row.verdict), row.name))
 
@@ -166,11 +143,12 @@ def _row(name: str, specifier: str, version: str, torch_cuda: str | None) -> Row
     if not version:
         note = cuda.wheel_note(name, torch_cuda)
         return Row(name, specifier, "", "conflicting" if note else "missing", note)
-    pin = specifier[2:] if re.fullmatch(r"==[^,*]+", specifier) else ""
+    pin = pinned(specifier)
     try:
         has = Version(version)
         if pin and Version(pin).public == has.public:
-            return Row(name, specifier, version, "same")
+            note = cuda.local_note(Version(pin).local or "", torch_cuda)
+            return Row(name, specifier, version, "compatible" if note else "same", note)
         if SpecifierSet(specifier).contains(has, prereleases=True):
             return Row(name, specifier, version, "compatible")
         if pin and _series(Version(pin)) == _series(has):
@@ -184,26 +162,6 @@ def _series(version: Version) -> tuple[int, ...]:
     return version.release[:2] if version.major == 0 else version.release[:1]
 
 
-def _add(found: dict[str, tuple[str, str]], lines: Iterable[str], file: str) -> None:
-    for raw in lines:
-        line = re.split(r"\s#", str(raw).strip())[0].strip()
-        if not line or line.startswith(("#", "-")):  # options: an index, or -r requirements.txt
-            continue
-        try:
-            requirement = Requirement(line)
-        except InvalidRequirement:
-            raise StepError(
-                f"{file} of the model holds the line {line!r:.200}.", "Log the model again."
-            ) from None
-        if _applies(requirement):
-            specifier = f" @ {requirement.url}" if requirement.url else str(requirement.specifier)
-            found.setdefault(canonicalize_name(requirement.name), (specifier, file))
-
-
-def _applies(requirement: Requirement) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-
-
 def _installed(name: str) -> metadata.Distribution | None:
     try:
         return metadata.distribution(name)
@@ -211,19 +169,9 @@ def _installed(name: str) -> metadata.Distribution | None:
         return None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise StepError(f"{path.name} of the model is no YAML: {error}.", "Log the model again.") from None
-    return document if isinstance(document, dict) else {}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module. Exit code 1 when there are conflicts, 2 when the model cannot be read."""
-    from steps.registry.fetch import fetch_small_files
+    from steps.registry.fetch import fetch_texts
 
     parser = argparse.ArgumentParser(prog="python -m steps.registry.requirements")
     parser.add_argument("model", help="a model URI, or the folder of a downloaded model")
@@ -233,10 +181,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", type=Path, help="kernel artifact folder, to check its CUDA version")
     args = parser.parse_args(argv)
     try:
-        folder = Path(args.model)
-        if not folder.is_dir():
-            folder = fetch_small_files(args.model)
-        rows = check(folder, allow_conflicts=True)
+        with tempfile.TemporaryDirectory(prefix="mla-model-") as scratch:
+            folder = Path(args.model)
+            if not folder.is_dir():
+                folder = fetch_texts(args.model, Path(scratch))
+            rows = check(folder, allow_conflicts=True)
         rows += [Row(**asdict(row)) for row in cuda.check(cuda.torch_cuda(), args.kernel, args.ami)]
     except StepError as error:
         print(error, file=sys.stderr)

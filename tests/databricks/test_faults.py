@@ -230,3 +230,8 @@ def test_a_file_replaced_during_the_download(
 
     monkeypatch.setattr(workspace, "fault_for", replace_after_first)
     failed(pull(f"models:/{NAME}/{version}", "--workers", "1"), "another content in the store")
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "many", "1000"])
+def test_a_number_of_transfers_that_makes_no_sense(workers: str, workspace: Workspace, pull: Pull) -> None:
+    failed(pull(f"models:/{NAME}@champion", f"--workers={workers}"), "--workers", workers)

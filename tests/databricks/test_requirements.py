@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from steps.job import StepError
 from steps.registry import cuda, requirements
-from steps.registry.requirements import compare, image_requirements, image_versions, model_requirements
+from steps.registry.requirements import compare, image_requirements, image_versions
+from steps.registry.wanted import model_requirements
 from tests.databricks.conftest import NAME, Pull
 from tests.databricks.models import write_model_folder
 from tests.databricks.runner import failed
@@ -40,6 +41,12 @@ def verdict(name: str, specifier: str, torch_cuda: str | None = "13.0") -> str:
         ("tokenizers", "==0.21.0", "conflicting"),
         ("python", "==3.10.3", "compatible"),
         ("mlflow", "==3.17.2", "missing"),
+        ("torch", "===2.13.0", "compatible"),
+        ("torch", "==2.13.0+cu126", "compatible"),
+        ("torch", "==2.13.0+cpu", "same"),
+        ("torch", " @ git+https://host/torch", "conflicting"),
+        ("cuda", "==13.1", "compatible"),
+        ("cuda", "==12.1", "conflicting"),
         ("nvidia-cudnn-cu12", "==9.1", "conflicting"),
         ("nvidia-cudnn-cu13", "==9.1", "missing"),
     ],
@@ -75,10 +82,104 @@ def test_the_three_files(tmp_path: Path) -> None:
     }
 
 
-def test_a_line_that_is_no_requirement(tmp_path: Path) -> None:
-    (tmp_path / "requirements.txt").write_text("torch=2\n")
-    with pytest.raises(StepError, match="torch=2"):
+@pytest.mark.parametrize(
+    ("line", "name", "specifier"),
+    [
+        ("wheels/numpy-1.26.4-cp311-cp311-manylinux_2_17_x86_64.whl", "numpy", "==1.26.4"),
+        ("/Volumes/a/b/My_Code-2.1+db1-py3-none-any.whl", "my-code", "==2.1+db1"),
+        ("https://host/simple/my-code-3.0.tar.gz", "my-code", "==3.0"),
+        ("torch @ https://host/torch-2.13.0%2Bcpu-cp311-cp311-linux_x86_64.whl", "torch", "==2.13.0+cpu"),
+        ("git+https://host/org/flash-attention.git@v2", "flash-attention", " @ git+https://host/org/"),
+        ("-e git+ssh://git@host/x.git#egg=My_Egg", "my-egg", " @ git+ssh://***@host/x.git"),
+        ("lib @ git+https://robot:s3cr3t@host/lib", "lib", " @ git+https://***@host/lib"),
+        ("./code", "code", " @ ./code"),
+        ("numpy==1.26.4 --hash=sha256:00 --hash=sha256:01", "numpy", "==1.26.4"),
+        ("numpy==1.26.4 \\\n    --hash=sha256:00 \\\n    --hash=sha256:01", "numpy", "==1.26.4"),
+        ("numpy [extra] >= 1 ; python_version > '3'  # why", "numpy", ">=1"),
+        ("\ufeffnumpy", "numpy", ""),
+        ("-c constraints.txt\nnumpy", "numpy", "==1.26.4"),
+        ("--constraint=constraints.txt\nnumpy>=1,<2", "numpy", "==1.26.4"),
+        ("-c constraints.txt\nnumpy==1.25.0", "numpy", "==1.25.0"),
+        ("-c constraints.txt\npandas>=2", "pandas", ">=2,<3"),
+        ("-r more.txt", "rich", "==14"),
+    ],
+)
+def test_what_pip_takes_is_taken(line: str, name: str, specifier: str, tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text(f"{line}\n", encoding="utf-8")
+    (tmp_path / "constraints.txt").write_text("numpy==1.26.4\npandas<3\nunused==1\n")
+    (tmp_path / "more.txt").write_text("rich==14\n-r requirements.txt\n-r ../../secret.txt\n")
+    [(found, (wanted, _))] = model_requirements(tmp_path).items()
+    assert found == name
+    assert wanted.startswith(specifier)
+    assert bool(wanted) == bool(specifier)
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "specifier"),
+    [
+        ("numpy=1.26.4", "numpy", "==1.26.4"),
+        ("conda-forge::numpy=1.26.4=py311h64a7726_0", "numpy", "==1.26.4"),
+        ("numpy 1.26.*", "numpy", "==1.26.*"),
+        ("numpy >=1.20, <2", "numpy", ">=1.20,<2"),
+        ("numpy", "numpy", ""),
+        ("pytorch::pytorch==2.1.0", "torch", "==2.1.0"),
+        ("pytorch-cuda=12.1", "cuda", "==12.1"),
+        ("python=3.10", "python", "==3.10"),
+    ],
+)
+def test_what_conda_brings_counts_too(entry: str, name: str, specifier: str, tmp_path: Path) -> None:
+    """MLflow writes only pip's part of a conda environment to requirements.txt."""
+    (tmp_path / "conda.yaml").write_text(f"dependencies:\n- {entry}\n- pip=24\n")
+    assert {key: value[0] for key, value in model_requirements(tmp_path).items()} == {name: specifier}
+
+
+def test_what_only_conda_knows_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "conda.yaml").write_text("dependencies:\n- libgcc-ng=13.2.0\n- numpy=1.26.4\n")
+    assert [row.name for row in compare(model_requirements(tmp_path), IMAGE, None)] == ["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("requirements.txt", b"torch=2\n", "torch=2"),
+        ("requirements.txt", "torch==2\n".encode("utf-16"), "no UTF-8"),
+        ("conda.yaml", b"dependencies: numpy\n", "'numpy' where a list belongs"),
+        ("python_env.yaml", b"python: [\n", "no YAML"),
+    ],
+)
+def test_a_file_that_is_none(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StepError, match=words):
         model_requirements(tmp_path)
+
+
+def test_a_version_in_yaml_is_no_number(tmp_path: Path) -> None:
+    (tmp_path / "python_env.yaml").write_text("python: 3.10\n")
+    assert model_requirements(tmp_path)["python"][0] == "==3.10"
+
+
+@given(st.text(max_size=60))
+def test_any_line_is_taken_or_explained(line: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "requirements.txt").write_text(line, encoding="utf-8")
+        try:
+            rows = compare(model_requirements(Path(folder)), IMAGE, "13.0")
+        except StepError:
+            return
+        assert all(row.name for row in rows)
+
+
+def test_no_password_gets_into_the_provenance(workspace: Workspace, pull: Pull, tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "private")
+    lines = "--extra-index-url https://robot:hunter2@host/simple\nlib @ git+https://robot:hunter2@host/lib\n"
+    (folder / "requirements.txt").write_text(lines)
+    outcome = pull(f"models:/{NAME}/{workspace.add_model(NAME, folder)}")
+    assert outcome.code == 0, outcome.message
+    text = (outcome.output("provenance") / "provenance.json").read_text()
+    assert "git+https://***@host/lib" in text
+    assert "hunter2" not in text
 
 
 def test_the_image_has_the_serve_extra_and_what_it_pulls_in() -> None:
@@ -120,6 +221,7 @@ def test_the_command_reads_no_weights(workspace: Workspace, tmp_path: Path, caps
     assert "mlflow" in capsys.readouterr().out
     assert out.read_text() == "mlflow==3.17.2\n"
     assert not workspace.count("safetensors")
+    assert not workspace.count("GET .*/fs/files/.*(config|example|model.py)")
 
 
 def test_the_command_explains_failures(workspace: Workspace, capsys) -> None:
