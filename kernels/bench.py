@@ -259,6 +259,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--rounds", type=int, default=21, help="replays of every graph")
     add(
+        "--pool-gib",
+        type=float,
+        default=16.0,
+        help="GiB of the one cache that all cases take their pages from, more if a case needs it; "
+        "default: %(default)s",
+    )
+    add(
         "--results",
         type=Path,
         help=f"where to write the page; default: {RESULTS.name}, if all of it was measured",

@@ -34,14 +34,14 @@ class Peer:
     title: str
     distribution: str
     load: Callable[[], object]
-    prepare: Callable[[Inputs], tuple[Run, Run]]
+    prepare: Callable[[Inputs, Tensor], tuple[Run, Run]]
 
     def version(self) -> str:
         """E.g. "FlashMLA (sgl-flash-mla 1.0.0)"."""
         return f"{self.title} ({self.distribution} {importlib.metadata.version(self.distribution)})"
 
 
-def _flash_mla(inputs: Inputs) -> tuple[Run, Run]:
+def _flash_mla(inputs: Inputs, _: Tensor) -> tuple[Run, Run]:
     backend = FlashMlaBackend()
     schedule = backend.schedule(inputs.q, inputs.cache_seqlens)
     planned = functools.partial(backend.run, *inputs.arguments(), schedule)
@@ -49,7 +49,7 @@ def _flash_mla(inputs: Inputs) -> tuple[Run, Run]:
     return functools.partial(backend, *inputs.arguments()), planned
 
 
-def _fa3(inputs: Inputs) -> tuple[Run, Run]:
+def _fa3(inputs: Inputs, room: Tensor) -> tuple[Run, Run]:
     """The wheel has no paged path, so it reads a contiguous copy of the cache."""
     module = importlib.import_module("fa3_fwd_interface")
     b, s_q, h_q, width = inputs.q.shape
@@ -57,7 +57,7 @@ def _fa3(inputs: Inputs) -> tuple[Run, Run]:
     pages = -(-int(inputs.cache_seqlens.max()) // page_size)
     # unused entries of a table may be out of range
     table = inputs.block_table[:, :pages].clamp(0, inputs.k_cache.shape[0] - 1).long()
-    rows = inputs.k_cache[table].view(b, pages * page_size, 1, width)
+    rows = gathered(inputs.k_cache, table, room).view(b, pages * page_size, 1, width)
     q_latent, q_rope = inputs.q[..., :latent].contiguous(), inputs.q[..., latent:].contiguous()
     schedule = module.get_scheduler_metadata(
         b, s_q, pages * page_size, h_q, 1, width - latent, inputs.cache_seqlens, qkv_dtype=inputs.q.dtype,
@@ -73,6 +73,11 @@ def _fa3(inputs: Inputs) -> tuple[Run, Run]:
         return out, lse
 
     return functools.partial(run, None), functools.partial(run, schedule)
+
+
+def gathered(k_cache: Tensor, table: Tensor, room: Tensor) -> Tensor:
+    """The pages of `table` [b, n] in its order, copied into the first b * n pages of `room`."""
+    return torch.index_select(k_cache, 0, table.flatten(), out=room[: table.numel()])
 
 
 PEERS = {
@@ -93,9 +98,10 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def prepare(name: str, inputs: Inputs) -> tuple[Run, Run]:
+def prepare(name: str, inputs: Inputs, room: Tensor) -> tuple[Run, Run]:
     """Two calls of peer `name` on `inputs`: the whole operation, and one whose plan is made here, before.
 
-    Each returns out [b, s_q, h_q, head_dim_v], and lse in the peer's own shape.
+    room: pages for a contiguous copy of the cache, each row as long as the longest (kernels.pool). Each call
+    returns out [b, s_q, h_q, head_dim_v], and lse in the peer's own shape.
     """
-    return PEERS[name].prepare(inputs)
+    return PEERS[name].prepare(inputs, room)

@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+Repeatable = Call | torch.cuda.CUDAGraph
 # The device waits these cycles out, while the host queues what is timed: a call, the replay of a graph.
 CALL_CYCLES, REPLAY_CYCLES = 1_000_000, 150_000
 
@@ -90,6 +92,20 @@ def interleaved(
         for name in names[shift:] + names[:shift]:
             samples[name].append(one_call_us(calls[name], device))
     return {name: summarize(values) for name, values in samples.items()}
+
+
+def repeatable(call: Call, device: torch.device) -> Repeatable:
+    """What `in_turn` repeats: on a GPU the call as a CUDA graph, on a CPU the call."""
+    return captured(call) if device.type == "cuda" else call
+
+
+def in_turn(
+    calls: Mapping[str, Repeatable], device: torch.device, rounds: int, flush: Tensor | None
+) -> dict[str, Timing]:
+    """Times of `calls`, round after round; `flush` as in `replayed`, without effect on a CPU."""
+    if device.type == "cuda":
+        return replayed(cast(Mapping[str, torch.cuda.CUDAGraph], calls), rounds, flush)
+    return interleaved(cast(Mapping[str, Call], calls), device, seconds=0, least=rounds, most=rounds)
 
 
 def captured(call: Call) -> torch.cuda.CUDAGraph:

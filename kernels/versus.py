@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import sys
 import tempfile
@@ -20,13 +21,13 @@ from kernels.compiled import CompiledBackend
 from kernels.grid import GridCase, full_grid, select, shapes
 from kernels.machine import device_name
 from kernels.package import LIBRARY, KernelPackage, file_sha256
-from kernels.timing import captured, replayed
+from kernels.pool import PagePool
+from kernels.timing import Repeatable, in_turn, repeatable
 from kernels.versus_table import NOTHING, PLANNED, Row, render
-from kernels.workloads import make_inputs
+from kernels.workloads import Inputs
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 FLUSH_BYTES = 256 << 20  # five times an H100's L2 cache
-SCALE = 192**-0.5  # DeepSeek's
 Calls = Mapping[str, Callable[[], tuple[Tensor, Tensor]]]
 
 
@@ -34,7 +35,8 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
     """Measure the chosen cases, print them, and write RESULTS.md when they were the whole grid.
 
     options: the command line of kernels.bench; heads: its default. Raises ValueError without a Hopper GPU or
-    a case. Returns 1 when an output disagrees with ours or a case was not measured, else 0.
+    a case, or when the pool of pages does not fit. Returns 1 when an output disagrees with ours or something
+    was not measured, else 0.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise ValueError("--peers needs a GPU of compute capability 9.0")
@@ -47,17 +49,21 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
     ours = ours or {"hopper": get_backend("hopper", options.kernel_dir)}
     reasons = {name: peers.unavailable(name) for name in peers.PEERS}
     names = [name for name, reason in reasons.items() if reason is None]
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool = PagePool(cases, device, int(options.pool_gib * 2**30))
     rows: list[Row] = []
     try:
-        for row in compare(ours, names, cases, options.rounds):
+        for row in compare(ours, names, cases, options.rounds, pool):
             rows.append(row)
             print(json.dumps(medians(row)), flush=True)
     except (KeyboardInterrupt, RuntimeError) as error:  # what was measured is worth a page
         print(f"stopped after {len(rows)} of {len(cases)} cases: {error!r}", file=sys.stderr)
-    if not rows:
+    main = next(iter(ours))
+    if not any(main in row.cold for row in rows):
         return 1
-    machine = f"{device_name(torch.device('cuda'))}, CUDA {torch.version.cuda}, torch {torch.__version__}"
-    page = render(rows, next(iter(ours)), machine, [peers.PEERS[name].version() for name in names])
+    machine = f"{device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    versions = [peers.PEERS[name].version() for name in names]
+    page = render(rows, main, machine, versions, pool.bytes)
     print(page)
     for name, reason in reasons.items():
         if reason:
@@ -68,47 +74,90 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
     whole = not partial and len(rows) == len(cases)
     if results := options.results or (RESULTS if whole else None):
         results.write_text(page)
-    return int(len(rows) < len(cases) or any(row.disagreeing for row in rows))
+    return int(len(rows) < len(cases) or any(row.disagreeing or row.failures for row in rows))
 
 
 def compare(
-    ours: Mapping[str, Backend], names: Sequence[str], cases: Sequence[GridCase], rounds: int
+    ours: Mapping[str, Backend], names: Sequence[str], cases: Sequence[GridCase], rounds: int, pool: PagePool
 ) -> Iterator[Row]:
     """Measure each case with `ours` and the peers `names`; peers take no FP8 cache, so they miss its cases.
 
-    The whole operation is timed, the schedule included; a peer is also timed with its schedule made before.
+    All read pages of `pool`. The whole operation is timed, the schedule included; a peer is also timed with
+    its schedule made before. On a GPU a call is a CUDA graph. Who runs out of memory misses that case, and
+    the row says so.
     """
-    flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    counter = torch.zeros(1, device="cuda")
-    nothing = captured(functools.partial(counter.add_, 1))
+    device = pool.device
+    flush = torch.zeros(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    counter = torch.zeros(1, device=device)
+    nothing = repeatable(functools.partial(counter.add_, 1), device)
     for case in cases:
-        calls = prepared(case, ours, () if case.fp8 else names)
-        differences = compared(calls)
-        graphs = {name: captured(call) for name, call in calls.items()} | {NOTHING: nothing}
-        yield Row(case, replayed(graphs, rounds, flush), replayed(graphs, rounds), differences)
-        del calls, graphs  # before the next case takes as much memory
-        torch.cuda.empty_cache()  # a capture cannot: the largest cases were out of memory without it
+        yield measured(case, ours, () if case.fp8 else names, rounds, pool, flush, nothing)
+        recover(device)
 
 
-def prepared(case: GridCase, ours: Mapping[str, Backend], names: Sequence[str]) -> Calls:
-    """Everything that runs on `case`, by name, ours first."""
-    inputs = make_inputs(
-        case.lengths, s_q=case.s_q, h_q=case.h_q, kv_dtype=case.kv_dtype, causal=case.s_q > 1,
-        softmax_scale=SCALE, device="cuda", poison=False,
-    )  # fmt: skip
-    calls: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        name: functools.partial(backend, *inputs.arguments()) for name, backend in ours.items()
-    }
-    for name in names:
-        calls[name], calls[name + PLANNED] = peers.prepare(name, inputs)
-    return calls
+def measured(
+    case: GridCase, ours: Mapping[str, Backend], names: Sequence[str], rounds: int, pool: PagePool,
+    flush: Tensor, nothing: Repeatable,
+) -> Row:  # fmt: skip
+    """One case: what runs on it, first once for its output, then made repeatable, then all in turn."""
+    inputs = pool.inputs(case)
+    repeatables: dict[str, Repeatable] = {}
+    differences: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    first: Tensor | None = None
+    for name, prepare in prepared(inputs, pool.room(case), ours, names).items():
+        try:
+            for name, call in prepare().items():  # a peer's two calls have names of their own
+                out = call()[0]
+                if first is None:
+                    first = out
+                else:
+                    differences[name] = relative(out, first)
+                repeatables[name] = repeatable(call, pool.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failures[name] = "out of memory"
+        if name in failures:  # not above, where the error still holds what was allocated
+            recover(pool.device)
+    if not set(ours) & set(repeatables):  # then there is nothing to compare with
+        return Row(case, {}, {}, {}, failures)
+    repeatables[NOTHING] = nothing
+    cold, warm = (in_turn(repeatables, pool.device, rounds, how) for how in (flush, None))
+    return Row(case, cold, warm, differences, failures)
 
 
-def compared(calls: Calls) -> dict[str, float]:
-    """How far each call's output is from the first one's."""
-    outputs = {name: call()[0].float() for name, call in calls.items()}
-    first = outputs.pop(next(iter(outputs)))
-    return {name: float((out - first).norm() / first.norm()) for name, out in outputs.items()}
+def prepared(
+    inputs: Inputs, room: Tensor, ours: Mapping[str, Backend], names: Sequence[str]
+) -> Mapping[str, Callable[[], Calls]]:
+    """For everything that runs on `inputs`, ours first, what makes its calls: a peer has two."""
+
+    def of_backend(name: str, backend: Backend) -> Calls:
+        return {name: functools.partial(backend, *inputs.arguments())}
+
+    def of_peer(name: str) -> Calls:
+        whole, planned = peers.prepare(name, inputs, room)
+        return {name: whole, name + PLANNED: planned}
+
+    makers = {name: functools.partial(of_backend, name, backend) for name, backend in ours.items()}
+    return makers | {name: functools.partial(of_peer, name) for name in names}
+
+
+def relative(out: Tensor, first: Tensor) -> float:
+    """How far an output is from the first one, in the 2-norm."""
+    return float((out.float() - first.float()).norm() / first.float().norm())
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error, or that of a library which allocates by itself."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def recover(device: torch.device) -> None:
+    """Give back what the last case took: a capture cannot, and would run out of memory."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def medians(row: Row) -> dict[str, object]:
@@ -116,7 +165,8 @@ def medians(row: Row) -> dict[str, object]:
     cold, warm = (
         {name: round(timing.p50_us, 1) for name, timing in times.items()} for times in (row.cold, row.warm)
     )
-    return {"case": row.case.name, "floor": round(row.case.floor_us(), 1), "cold": cold, "warm": warm}
+    shown = {"case": row.case.name, "floor": round(row.case.floor_us(), 1), "cold": cold, "warm": warm}
+    return shown | ({"failed": dict(row.failures)} if row.failures else {})
 
 
 def library_backend(path: Path) -> Backend:

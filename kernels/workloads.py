@@ -79,6 +79,17 @@ class Inputs:
         )
 
 
+def block_table(lengths: Sequence[int], page_size: int, pages: Tensor, unused: int = 0) -> Tensor:
+    """int32 [b, pages of the longest row + 1]: row after row takes its `pages`, the rest are `unused`."""
+    used = [-(-length // page_size) for length in lengths]
+    table = torch.full((len(used), max([*used, 1]) + 1), unused, dtype=torch.int32)
+    taken = 0
+    for row, count in enumerate(used):
+        table[row, :count] = pages[taken : taken + count]
+        taken += count
+    return table
+
+
 def make_inputs(
     lengths: Sequence[int],
     *,
@@ -104,21 +115,17 @@ def make_inputs(
     generator = torch.Generator(device).manual_seed(seed)
     width = kv_lora_rank + rope_dim
     b = len(lengths)
-    used = [(length + page_size - 1) // page_size for length in lengths]
+    used = [-(-length // page_size) for length in lengths]
     num_blocks = sum(used) + 2
     cache = torch.empty(num_blocks, page_size, 1, width, dtype=torch.float32, device=device)
     cache.normal_(generator=generator)
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).int()
-    table = torch.full((b, max([*used, 1]) + 1), 1 << 30 if poison else 0, dtype=torch.int32)
-    taken = 0
-    for row, count in enumerate(used):
-        table[row, :count] = order[taken : taken + count]
-        taken += count
+    table = block_table(lengths, page_size, order, unused=1 << 30 if poison else 0)
     packed = quantize_fp8_ds_mla(cache) if kv_dtype == torch.uint8 else cache.to(kv_dtype)
     if poison:
         # Bytes of 0xFF are NaN in e4m3, float32 and bfloat16 alike.
         nan: float | int = 0xFF if kv_dtype == torch.uint8 else float("nan")
-        packed[order[taken:].long()] = nan
+        packed[order[sum(used) :].long()] = nan
         for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
             if count:
                 packed[int(table[row, count - 1]), length - (count - 1) * page_size :] = nan

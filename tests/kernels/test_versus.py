@@ -28,6 +28,12 @@ def row(case: GridCase, ours: float, flash_mla: float, fa3: float, difference: f
     return Row(case, times, times, {} if case.fp8 else {"fa3": difference})
 
 
+def without(row: Row, *names: str) -> Row:
+    """The row of a run in which `names` were out of memory."""
+    times = {name: time for name, time in row.cold.items() if name.removesuffix(PLANNED) not in names}
+    return Row(row.case, times, times, row.differences, dict.fromkeys(names, "out of memory"))
+
+
 def test_grid_has_the_cases_of_the_goal() -> None:
     cases = full_grid()
     names = [case.name for case in cases]
@@ -65,7 +71,7 @@ def test_page_gives_every_loss() -> None:
     rows = [row(one, 30.0, 40.0, 29.0), row(other, 20.0, 19.0, 25.0), row(fp8, 14.0, 0, 0)]
     assert ratio(rows[0].cold, "hopper", planned=False) == 30 / 31
     assert ratio(rows[0].cold, "hopper", planned=True) == 30 / 29
-    page = render(rows, "hopper", "a machine", ["FlashMLA (x 1.0)"])
+    page = render(rows, "hopper", "a machine", ["FlashMLA (x 1.0)"], 16 << 30)
     cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| b4 s8192")]
     assert cells[1][3:] == [
         "13.8", "30.0 (29.0-31.0)", "60.0 (59.0-61.0)", "31.0 (30.0-32.0)", "0.97",
@@ -77,12 +83,40 @@ def test_page_gives_every_loss() -> None:
     assert "| b4 s8192 | 1 | 16 | 13.8 | 22 | **30.0 (29.0-31.0)** |" in page
     assert page.count("| b1 s1024 | 1 | 16 | 0.3 | 14.0") == 1
     assert "times compare different work" not in page
+    assert "Not measured" not in page
+    assert "One pool of 16.0 GiB" in page
+
+
+def test_page_goes_on_without_who_was_out_of_memory() -> None:
+    one, other, third = select(full_grid(), "b4 s8192 q1 h16, b8 s8192 q1 h16, tail")
+    rows = [
+        without(row(one, 30.0, 40.0, 29.0), "fa3"),
+        without(row(other, 20.0, 19.0, 25.0), "flash_mla", "fa3"),
+        without(row(third, 20.0, 19.0, 25.0), "hopper"),
+    ]
+    page = render(rows, "hopper", "a machine", [], 1 << 30)
+    assert (
+        "**Not measured:**\nb4 s8192 q1 h16: fa3, out of memory\nb8 s8192 q1 h16: flash_mla, out of memory"
+        in page
+    )
+    assert "long tail q4 h16: hopper, out of memory" in page
+    assert "Planning included: 1 cases, ours slower in 0" in page
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines() if line.startswith("| b")}
+    assert cells["| b4 s8192"][4:] == [
+        "30.0 (29.0-31.0)",
+        "60.0 (59.0-61.0)",
+        "0.50",
+        "40.0 (39.0-41.0)",
+        "0.75 |",
+    ]
+    assert cells["| b8 s8192"][4:] == ["20.0 (19.0-21.0)", "-", "-", "-", "- |"]
+    assert "| long tail" not in page
 
 
 def test_page_says_when_outputs_disagree() -> None:
     (case,) = select(full_grid(), "tail")
     for difference in (0.5, float("nan")):
-        page = render([row(case, 20, 30, 30, difference)], "hopper", "a machine", [])
+        page = render([row(case, 20, 30, 30, difference)], "hopper", "a machine", [], 1 << 30)
         assert "times compare different work:**\nlong tail q4 h16: fa3" in page
 
 
