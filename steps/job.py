@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+from urllib.parse import quote, quote_plus
 
 ROOT_VARIABLE = "MLA_ML_ROOT"
 MESSAGE_LIMIT = 1024  # ExitMessage and FailureReason hold no more characters (SageMaker API reference)
@@ -38,8 +39,15 @@ log = logging.getLogger("steps")
 
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 _NOT_SECRET_NAME = re.compile(r"_ARN$|_URI$|_FILE$|TOKENIZERS_PARALLELISM", re.IGNORECASE)
-_URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
-_SIGNATURES = re.compile(r"""\b(X-Amz-Signature|X-Amz-Security-Token|sig)=[^&\s"'<>]+""", re.IGNORECASE)
+_URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s?#]+@")  # a password may hold an @ of its own
+_SIGNATURES = re.compile(
+    r"""\b(X-(?:Amz|Goog)-Signature|X-Amz-Security-Token|Signature|sig)=[^&\s"'<>]+""", re.IGNORECASE
+)
+# what a server or client may quote that no variable holds: tokens it has just got, a Databricks token
+_TOKENS = re.compile(
+    r"""\b(Bearer |Basic |(?:access_token|refresh_token|client_secret)["']?\s*[=:]\s*["']?)[\w.~+/=-]{16,}"""
+    r"|\bdapi[0-9a-f]{32}\b"
+)
 
 
 class StepError(Exception):
@@ -171,13 +179,17 @@ def run(
 def redact(text: str) -> str:
     """`text` without secrets.
 
-    These are the values of secret-looking environment variables, credentials in URLs, and what signs a URL of
-    S3 (X-Amz-Signature, X-Amz-Security-Token) or of Azure (sig): whoever has it reads the file.
+    These are the values of secret-looking environment variables (as they are, or as a URL writes them),
+    credentials in URLs, tokens in headers and answers, and what signs a URL of S3 (X-Amz-Signature,
+    X-Amz-Security-Token), of Google (X-Goog-Signature, Signature) or of Azure (sig): whoever has it reads the
+    file.
     """
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name) and not _NOT_SECRET_NAME.search(name):
-            text = text.replace(value, "***")
-    return _SIGNATURES.sub(r"\1=***", _URL_CREDENTIALS.sub("***@", text))
+            for form in (value, quote(value), quote(value, safe=""), quote_plus(value)):
+                text = text.replace(form, "***")
+    text = _TOKENS.sub(lambda match: f"{match[1] or ''}***", _URL_CREDENTIALS.sub("***@", text))
+    return _SIGNATURES.sub(r"\1=***", text)
 
 
 class _Stopped(BaseException):
@@ -206,6 +218,8 @@ def _log_to_stdout(name: str) -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)  # libraries speak only when something is wrong
     log.setLevel(logging.INFO)
+    # mlflow would give its loggers a handler of their own, which masks no secret
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
 
 
 def _stopped(signum: int, frame: FrameType | None) -> NoReturn:

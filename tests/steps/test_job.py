@@ -182,7 +182,10 @@ def test_a_secret_never_survives_redaction(before, secret, after):
         assert secret not in redact(before + secret + after)
 
 
-@pytest.mark.parametrize("key", ["X-Amz-Signature", "X-Amz-Security-Token", "x-amz-signature", "sig"])
+@pytest.mark.parametrize(
+    "key",
+    ["X-Amz-Signature", "X-Amz-Security-Token", "x-amz-signature", "sig", "X-Goog-Signature", "Signature"],
+)
 @pytest.mark.parametrize("mark", ["?", "&", "%20"])
 def test_a_signed_url_cannot_be_used_by_who_reads_the_log(key, mark):
     url = f"https://store.example/model{mark}a=1&{key}=Ab%2Bcd%3D%3D&X-Amz-Expires=900"
@@ -190,6 +193,48 @@ def test_a_signed_url_cannot_be_used_by_who_reads_the_log(key, mark):
     assert redact(f"{url[: url.index('&X-Amz-E')]} failed").endswith(f"{key}=*** failed")
 
 
-def test_words_that_only_look_like_a_signature_stay():
-    text = "design=4 config=2 the sig = 3 of X-Amz-Signature"
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("at https://me:p@ss@w0rd@host/x", "at https://***@host/x"),
+        ("Authorization: Bearer eyJhbGciOi.JSUzI1NiJ9-x_y", "Authorization: Bearer ***"),
+        ("Basic bWU6dmVyeS1zZWNyZXQ=", "Basic ***"),
+        ('{"access_token": "eyJhbGciOiJSUzI1NiJ9"}', '{"access_token": "***"}'),
+        ("body client_secret=dose0123456789abcdef&x", "body client_secret=***&x"),
+        ("refused dapi0123456789abcdef0123456789abcdef.", "refused ***."),
+    ],
+)
+def test_what_no_variable_holds_is_masked_by_its_form(text, left):
+    assert redact(text) == left
+
+
+def test_a_secret_as_a_url_writes_it(monkeypatch):
+    monkeypatch.setenv("MLA_TEST_TOKEN", "two words/&+")
+    assert redact("a=two%20words/%26%2B b=two%20words%2F%26%2B c=two+words%2F%26%2B") == "a=*** b=*** c=***"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "design=4 config=2 the sig = 3 of X-Amz-Signature",
+        "models:/main.ml.tiny@champion in https://host/#/models/a@b",
+        "Store client_id and client_secret, or token; Basic authentication; Bearer token",
+        "The signature: {'inputs': []}",
+    ],
+)
+def test_words_that_only_look_like_a_secret_stay(text):
     assert redact(text) == text
+
+
+def test_mlflow_logs_through_the_job(tmp_path):
+    """Its own handler would write to standard error, past what masks secrets."""
+    done = execute(
+        tmp_path,
+        """
+        import logging, mlflow
+        logging.getLogger("mlflow.tracking").warning("token %s", os.environ["DATABRICKS_TOKEN"])
+        """,
+        DATABRICKS_TOKEN="dapi-0123456789",
+    )
+    assert "WARNING" in done.log
+    assert "dapi-0123456789" not in done.log
