@@ -49,32 +49,43 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
     ours = ours or {"hopper": get_backend("hopper", options.kernel_dir)}
     reasons = {name: peers.unavailable(name) for name in peers.PEERS}
     names = [name for name, reason in reasons.items() if reason is None]
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{name} is not measured: {reason}", file=sys.stderr)
+    partial = options.cases or options.workload or libraries or any(reasons.values())
     device = torch.device("cuda", torch.cuda.current_device())
+    return measure(options, ours, names, cases, device, whole=not partial)
+
+
+def measure(
+    options: argparse.Namespace, ours: Mapping[str, Backend], names: Sequence[str], cases: Sequence[GridCase],
+    device: torch.device, whole: bool,
+) -> int:  # fmt: skip
+    """Compare on `cases`, print each as it is measured, then print the page and write the files asked for.
+
+    Without --results the page goes to RESULTS.md if `cases` are the `whole` grid with every peer and all of
+    them were tried. Returns as `against_peers`.
+    """
     pool = PagePool(cases, device, int(options.pool_gib * 2**30))
     rows: list[Row] = []
     try:
         for row in compare(ours, names, cases, options.rounds, pool):
             rows.append(row)
             print(json.dumps(medians(row)), flush=True)
-    except (KeyboardInterrupt, RuntimeError) as error:  # what was measured is worth a page
+    except (KeyboardInterrupt, Exception) as error:  # what was measured is worth a page
         print(f"stopped after {len(rows)} of {len(cases)} cases: {error!r}", file=sys.stderr)
     main = next(iter(ours))
     if not any(main in row.cold for row in rows):
         return 1
     machine = f"{device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
-    versions = [peers.PEERS[name].version() for name in names]
-    page = render(rows, main, machine, versions, pool.bytes)
+    page = render(rows, main, machine, [peers.PEERS[name].version() for name in names], pool.bytes)
     print(page)
-    for name, reason in reasons.items():
-        if reason:
-            print(f"{name} was not measured: {reason}", file=sys.stderr)
     if options.out:
         options.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
-    partial = options.cases or options.workload or libraries or any(reasons.values())
-    whole = not partial and len(rows) == len(cases)
-    if results := options.results or (RESULTS if whole else None):
+    tried = len(rows) == len(cases)
+    if results := options.results or (RESULTS if whole and tried else None):
         results.write_text(page)
-    return int(len(rows) < len(cases) or any(row.disagreeing or row.failures for row in rows))
+    return int(not tried or any(row.disagreeing or row.failures for row in rows))
 
 
 def compare(

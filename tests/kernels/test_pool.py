@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import Backend, get_backend
+from kernels import Backend, bench, get_backend, versus
 from kernels.checks import compare as check
 from kernels.grid import GridCase
 from kernels.peers import PEERS, Peer, Run, gathered
@@ -148,6 +150,28 @@ def test_a_case_that_is_too_large_for_ours_is_said_and_passed_over(cpu: Backend)
     rows = list(compare({"hopper": too_large}, [], cases, 3, PagePool(cases, CPU, 0)))
     assert [dict(row.failures) for row in rows] == [{"hopper": "out of memory"}, {}]
     assert [set(row.cold) for row in rows] == [set(), {"hopper", NOTHING}]
+
+
+def test_the_command_writes_what_was_measured_before_an_error(
+    cpu: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken_on_ragged(inputs: Inputs, room: Tensor) -> tuple[Run, Run]:
+        assert len(inputs.q) != 4, "refused by the peer"
+        return by_reference(inputs, room)
+
+    monkeypatch.setitem(PEERS, "fa3", stand_in("FlashAttention-3", broken_on_ragged))
+    page, out = tmp_path / "page.md", tmp_path / "rows.json"
+    arguments = ["--peers", "--rounds", "3", "--pool-gib", "0.01", "--results", str(page), "--out", str(out)]
+    options = bench.parse(arguments)
+    assert versus.measure(options, {"hopper": cpu}, ["fa3"], [SMALL], CPU, whole=True) == 0
+    assert [row["case"]["label"] for row in json.loads(out.read_text())] == ["small"]
+    assert "| small | 1 | 4 |" in page.read_text()
+    page.unlink()
+    assert versus.measure(options, {"hopper": cpu}, ["fa3"], [SMALL, RAGGED, SMALL], CPU, whole=True) == 1
+    assert page.read_text().count("| small | 1 | 4 |") == 2  # cold and warm
+    said = capsys.readouterr()
+    assert "stopped after 1 of 3 cases: AssertionError('refused by the peer" in said.err
+    assert json.loads(said.out.splitlines()[0])["case"] == "small q1 h4"
 
 
 def test_another_error_ends_the_comparison(cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
