@@ -23,6 +23,7 @@ from steps.registry.provenance import NONE
 log = logging.getLogger("steps.record_release")
 
 ARTIFACT_FOLDER = "mla-release"
+ACCELERATED_TAG = "mla.accelerated"  # of the weights' version: the URI of the model with the kernel
 TAG_VALUE_LIMIT = 1000  # characters Unity Catalog takes in a tag's value; MLflow takes 5000 and more
 
 
@@ -68,13 +69,18 @@ def main(job: Job) -> None:
     }
     tags = {f"mla.{key}": value[:TAG_VALUE_LIMIT] for key, value in tags.items() if value}
     recorded: list[str] = []
+    also: list[str] = []
+    if name := _known(job.args.register_accelerated):
+        version = register_accelerated(job, registry, name, tags)
+        tags[ACCELERATED_TAG] = f"models:/{name}/{version}"
+        also = [f"accelerated model {name} version {version}, alias {job.args.stage}"]
     if release.run_id:
         recorded += record_run(registry, release, tags, evaluation_files(job))
     if release.version:
         recorded += record_version(registry, release, tags, job.args.stage)
-    if name := _known(job.args.register_accelerated):
-        version = register_accelerated(job, registry, name, tags)
-        recorded.append(f"accelerated model {name} version {version}, alias {job.args.stage}")
+        if job.args.stage == "production":
+            also = promote_accelerated(registry, release, tags)
+    recorded += also
     if not recorded:
         raise StepError(
             "The release names neither an MLflow model version nor a run, so nothing can be recorded.",
@@ -204,7 +210,7 @@ def register_accelerated(job: Job, registry: Registry, name: str, tags: dict[str
     if job.args.stage != "staging":
         raise StepError(
             "--register-accelerated goes with --stage staging: a promotion has no kernel at hand.",
-            "Give it to RecordRelease; move the accelerated model's alias when it is promoted.",
+            "Give it to RecordRelease; RecordPromotion moves the accelerated model's alias by itself.",
         )
     evaluation = job.read_json("evaluation", "evaluation.json")
     return accelerated.register(
@@ -215,8 +221,27 @@ def register_accelerated(job: Job, registry: Registry, name: str, tags: dict[str
         backend=evaluation["backend"],
         kv_cache_dtype=evaluation["requested"]["kv_cache_dtype"],
         alias=job.args.stage,
+        package_arn=job.args.model_package_arn,
         tags=tags,
     )
+
+
+def promote_accelerated(registry: Registry, release: Release, tags: dict[str, str]) -> list[str]:
+    """Tags and alias of the accelerated model, if this release registered one; what was done, in words."""
+    client = registry.client
+    with explained(registry, f"The accelerated model of '{release.name}' version {release.version}"):
+        known = client.get_model_version(release.name, release.version).tags
+        if not (text := known.get(registry.tag_key(ACCELERATED_TAG))):
+            return []
+        name, _, version = text.removeprefix("models:/").rpartition("/")
+        package = client.get_model_version(name, version).tags.get(registry.tag_key(accelerated.PACKAGE_TAG))
+        if package != tags[accelerated.PACKAGE_TAG]:
+            log.warning("%s is of a later release, %s: its alias production stays where it is", text, package)
+            return []
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version, registry.tag_key(key), value)
+        client.set_registered_model_alias(name, "production", version)
+    return [f"accelerated model {name} version {version}, alias production"]
 
 
 def evaluation_files(job: Job) -> list[Path]:

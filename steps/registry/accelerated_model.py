@@ -8,12 +8,14 @@ Environment: MLA_WEIGHTS names a folder that has the weights already (a Unity Ca
 MLA_WEIGHTS_CACHE the folder to keep them in, MLA_KERNEL_BACKEND another backend than the measured one.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,12 @@ def weights(config: dict[str, Any]) -> Path:
     base = Path(os.environ.get("MLA_WEIGHTS_CACHE") or Path.home() / ".cache" / "mla-pipeline" / "weights")
     key = hashlib.sha256(json.dumps(config["files"], sort_keys=True).encode()).hexdigest()[:32]
     folder = base / key
-    if not folder.is_dir():
-        base.mkdir(parents=True, exist_ok=True)
+    base.mkdir(parents=True, exist_ok=True)
+    with _alone(base / f"{key}.lock") as alone:
+        if folder.is_dir():
+            return folder
+        for left in base.glob(f".{key}-*") if alone else ():  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=base, prefix=f".{key}-"))
         try:
             local = mlflow.artifacts.download_artifacts(
@@ -82,12 +88,27 @@ def weights(config: dict[str, Any]) -> Path:
             check(Path(local), config["files"])
             try:
                 Path(local).rename(folder)
-            except OSError:  # another process on this machine was faster
+            except OSError:  # without a lock, another process on this machine may be faster
                 if not folder.is_dir():
                     raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """Let one process of this machine in at a time; True unless the file system knows no locks.
+
+    Spark starts a worker a core, and each loads the model: the weights come once.
+    """
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def check(folder: Path, files: list[dict[str, Any]]) -> None:

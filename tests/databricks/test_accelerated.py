@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -71,10 +72,18 @@ def root(released: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def register(root: Path, stage: str = "staging"):
-    argv = ["--model-package-arn", ARN, "--endpoint-name", "e", "--stage", stage]
+def register(root: Path, stage: str = "staging", arn: str = ARN):
+    argv = ["--model-package-arn", arn, "--endpoint-name", "e", "--stage", stage]
     argv += ["--register-accelerated", "fast"]
     return run_step(record_release.main, record_release.arguments, argv, root)
+
+
+def promote(root: Path, released: dict, arn: str = ARN):
+    from tests.steps.test_record_release import give_promotion
+
+    give_promotion(root, "weights", released["version"], released["run_id"], arn)
+    argv = ["--model-package-arn", arn, "--endpoint-name", "live", "--stage", "production"]
+    return document(run_step(record_release.main, record_release.arguments, argv, root))
 
 
 @pytest.mark.slow
@@ -159,6 +168,69 @@ def test_spark_runs_the_released_kernel(root: Path, released: dict, tmp_path: Pa
     assert [row["completion"] for row in rows] == expected
 
 
+def test_each_release_keeps_its_own_kernel(root: Path, released: dict, tmp_path: Path) -> None:
+    """The registry of an MLflow server refers to the run's files: another release must not replace them."""
+    client = mlflow.MlflowClient(tracking_uri=server_url(), registry_uri=server_url())
+    library = root / "processing" / "input" / "kernel" / "cpu" / "libmla_decode.so"
+    arns, versions, kernels = [f"{ARN}-first", f"{ARN}-second"], [], [b"first", b"second"]
+    for arn, kernel in zip(arns, kernels, strict=True):
+        library.write_bytes(kernel)
+        document(register(root, arn=arn))
+        versions.append(client.get_model_version_by_alias("fast", "staging").version)
+    document(register(root, arn=arns[1]))
+    assert client.get_model_version_by_alias("fast", "staging").version == versions[1], "registered twice"
+    for version, kernel in zip(versions, kernels, strict=True):
+        source = client.get_model_version("fast", version).source
+        artifact = f"{source}/artifacts/kernel/cpu/libmla_decode.so"
+        local = mlflow.artifacts.download_artifacts(artifact, dst_path=str(tmp_path / version))
+        assert Path(local).read_bytes() == kernel
+
+    assert (
+        f"accelerated model fast version {versions[1]}, alias production"
+        in (promote(root, released, arns[1])["recorded"])
+    )
+    promoted = client.get_model_version_by_alias("fast", "production")
+    assert (promoted.version, promoted.tags["mla.endpoint"]) == (versions[1], "live")
+    promote(root, released, arns[0])  # the version's tag names the later release's
+    assert client.get_model_version_by_alias("fast", "production").version == versions[1]
+
+
+def test_the_signature_is_the_accelerated_models_own(released: dict, tmp_path: Path) -> None:
+    """Whatever parameters the weights' own model had, the engine would not know them."""
+    from steps.registry.accelerated import save
+    from steps.registry.accelerated_model import DEFAULTS
+
+    params = '[{"name": "max_length", "default": 20, "type": "long", "shape": null}]'
+    strange = {"inputs": '[{"type": "long", "name": "x", "required": true}]', "params": params}
+    origin = released["origin"] | {"signature": strange}
+    save(tmp_path / "m", origin, released["root"] / "kernel", backend="cpu", kv_cache_dtype="float32")
+    model = mlflow.models.Model.load(str(tmp_path / "m"))
+    assert model.signature.inputs.input_names() == ["prompt"]
+    assert {param.name: param.default for param in model.signature.params} == DEFAULTS
+    assert model.metadata["mla_weights"] == f"models:/weights/{released['version']}", "an alias moves"
+
+
+def test_the_weights_come_once_a_machine(root: Path, released: dict, tmp_path: Path, monkeypatch) -> None:
+    """Spark starts a worker a core, all at once."""
+    from steps.registry import accelerated_model
+
+    files = [file for file in released["origin"]["files"] if file["path"].startswith("artifacts/checkpoint/")]
+    config = {"weights_uri": f"models:/weights/{released['version']}", "files": files}
+    fetched, fetch = [], mlflow.artifacts.download_artifacts
+    monkeypatch.setattr(
+        mlflow.artifacts, "download_artifacts", lambda *a, **k: fetched.append(a) or fetch(*a, **k)
+    )
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(accelerated_model.weights, [config] * 4))
+    assert len(folders) == len(fetched) == 1
+    [folder] = folders
+    shutil.rmtree(folder)
+    left = folder.with_name(f".{folder.name}-killed")
+    left.mkdir()
+    assert accelerated_model.weights(config) == folder
+    assert not left.exists()
+
+
 def test_weights_that_were_changed_are_refused(
     root: Path, released: dict, tmp_path: Path, monkeypatch
 ) -> None:
@@ -172,7 +244,7 @@ def test_weights_that_were_changed_are_refused(
     config["files"] = [{**files[0], "sha256": "0" * 64}]
     with pytest.raises(RuntimeError, match="released was 0000"):
         weights(config)
-    assert [path for path in (tmp_path / "cache").iterdir() if path != folder] == []
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [folder]
     with pytest.raises(RuntimeError, match="missing or has another size"):
         check(tmp_path, files)
     monkeypatch.setenv("MLA_WEIGHTS", str(folder))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from steps import record_release
 from tests.databricks.conftest import NAME
-from tests.databricks.runner import failed
+from tests.databricks.runner import failed, run_step
 from tests.databricks.tracking import add_run
 from tests.databricks.workspace import Workspace
 from tests.steps.test_record_release import ARN, document, give_promotion, give_release, record
@@ -72,3 +74,27 @@ def test_the_registry_stays_broken(workspace: Workspace, run_id: str, tmp_path: 
     workspace.fail("POST .*/registered-models/alias", status=500, times=99)
     give_release(tmp_path, NAME, "1", run_id)
     failed(record(tmp_path, "staging"), "failed with 500", "Start the step again")
+
+
+def test_the_accelerated_model(workspace: Workspace, run_id: str, tmp_path: Path) -> None:
+    """Unity Catalog copies the files, and takes no model without a signature."""
+    give_release(tmp_path, NAME, "1", run_id)
+    inputs = tmp_path / "processing" / "input"
+    origin = {"name": NAME, "version": "1", "run_id": run_id, "model_uri": f"models:/{NAME}@champion"}
+    origin |= {"checkpoint": "artifacts/checkpoint", "files": [], "signature": None}
+    (inputs / "provenance" / "provenance.json").write_text(json.dumps(origin))
+    evaluation = json.loads((inputs / "evaluation" / "evaluation.json").read_text())
+    evaluation["requested"] = {"kv_cache_dtype": "float32"}
+    (inputs / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    argv = ["--model-package-arn", ARN, "--endpoint-name", "e", "--stage", "staging"]
+    argv += ["--register-accelerated", "main.ml.fast"]
+    document(run_step(record_release.main, record_release.arguments, argv, tmp_path))
+    model = workspace.models["main.ml.fast"]
+    assert model.aliases == {"staging": "1"}
+    assert model.versions["1"].status == "READY"
+    assert (model.versions["1"].folder / "artifacts" / "kernel" / "index.json").is_file()
+    assert workspace.models[NAME].versions["1"].tags["mla_accelerated"] == "models:/main.ml.fast/1"
+
+    give_promotion(tmp_path, NAME, "1", run_id)
+    document(record(tmp_path, "production"))
+    assert model.aliases == {"staging": "1", "production": "1"}
