@@ -1,8 +1,10 @@
 """`python -m container.serving` (an image's `serve`): the model server on SageMaker's port until SIGTERM."""
 
+import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -22,8 +24,10 @@ from container.serving.vllm_engine.arguments import VllmOptions
 from container.serving.vllm_engine.engine import VllmEngine
 
 DRAIN_SECONDS = 25  # SageMaker kills 30 s after SIGTERM
+FINISH_SECONDS = 22  # of these for what is under way; after them it is told that the server stops
 # Longer than a client's pool keeps a connection: a server that closes first may close on a request just sent.
 KEEP_ALIVE_SECONDS = 75
+BACKLOG = 2048  # connections that wait to be accepted, uvicorn's own number
 
 
 def load(settings: ServerSettings) -> BaseEngine:
@@ -61,34 +65,55 @@ def load(settings: ServerSettings) -> BaseEngine:
     )
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which tells the clients of what does not end in time before it closes their connections."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        serving = self.config.app.state.serving  # type: ignore[union-attr]  # create_app's
+        asyncio.get_running_loop().call_later(FINISH_SECONDS, serving.interrupt)
+        await super().shutdown(sockets)
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A socket on the settings' address. Raises SettingsError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}; "
+            "end what uses the port, or set SAGEMAKER_BIND_TO_PORT and MLA_HOST"
+        ) from None
+
+
 def main() -> int:
-    """Serves until a signal. Returns 0, or 1 when the settings or the model cannot be used."""
+    """Serves until a signal. Returns 0, or 1 when the settings, the port or the model cannot be used."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = ServerSettings.from_environment(os.environ)
+        listening = listen(settings)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     app = create_app(settings, load)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         access_log=False,
         log_config=None,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
 
     def leave(*_: object) -> None:
         server.should_exit = True
 
-    # uvicorn drains on SIGTERM and then raises it again for the handler that was there before
-    signal.signal(signal.SIGTERM, leave)
+    # uvicorn drains on a signal and then raises it again for the handler that was there before
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, leave)
     serving = app.state.serving
     serving.on_failure = leave
-    server.run()
+    server.run(sockets=[listening])
     if serving.failure:
         print(f"error: {serving.failure}", file=sys.stderr)
         return 1

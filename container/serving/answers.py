@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from container.serving import protocol
 from container.serving.answer_json import Answer
 from container.serving.errors import GenerationFailed, error_body
-from container.serving.loop import EngineLoop, Streams
+from container.serving.loop import EngineLoop, Stopped, Streams
 from container.serving.protocol import ChatRequest, CompletionRequest
 from container.serving.sequence import BadRequest
 
@@ -27,14 +27,14 @@ async def answer(
     if request.stream:
         with_usage = bool(request.stream_options and request.stream_options.include_usage)
         return StreamingResponse(_events(build, streams, with_usage), media_type="text/event-stream")
-    await _collect(http, streams)
+    await _collect(loop, http, streams)
     return JSONResponse(build.whole(streams.sequences))
 
 
 async def predictions(loop: EngineLoop, model: str, http: Request, request: CompletionRequest) -> Response:
     """MLflow's JSON: the text of every prompt."""
     streams = await _submit(loop, model, request)
-    await _collect(http, streams)
+    await _collect(loop, http, streams)
     return JSONResponse({"predictions": [s.detokenizer.text for s in streams.sequences]})
 
 
@@ -64,7 +64,7 @@ async def _token_ids(loop: EngineLoop, request: CompletionRequest | ChatRequest)
     return await asyncio.to_thread(work) if request.characters > LONG_TEXT else work()
 
 
-async def _collect(http: Request, streams: Streams) -> None:
+async def _collect(loop: EngineLoop, http: Request, streams: Streams) -> None:
     """Waits for all sequences. A client that goes away cancels them; a failed one fails the request."""
 
     async def leave_with_the_client() -> None:
@@ -81,7 +81,8 @@ async def _collect(http: Request, streams: Streams) -> None:
         watch.cancel()
     for sequence in streams.sequences:
         if sequence.finish_reason == "error":
-            raise GenerationFailed(sequence.error or "generation failed")
+            kind = Stopped if loop.stopping else GenerationFailed
+            raise kind(sequence.error or "generation failed")
 
 
 async def _events(build: Answer, streams: Streams, with_usage: bool) -> AsyncIterator[str]:

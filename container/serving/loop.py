@@ -77,10 +77,14 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """Ends the thread after the step it is in, then the engine."""
+    def interrupt(self) -> None:
+        """Ends the thread after the step it is in and fails what is unfinished then; does not wait for it."""
         self._stopping = True
         self._wake.set()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Ends the thread after the step it is in, then the engine."""
+        self.interrupt()
         self._thread.join(timeout)
         self.engine.close()
 
@@ -122,16 +126,20 @@ class EngineLoop:
         """Whether the thread died of an error, which only a restart mends."""
         return self._failed
 
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
     def _run(self) -> None:
         try:
             self._serve()
         except Exception:
             self._failed = not self._stopping
             log.exception("the engine's thread failed; the server reports itself unhealthy")
-        reason = "error" if self._failed else "abort"
+        message = "the engine has stopped" if self._failed else "the server is stopping; try again"
         for sequence in list(self._homes):
-            sequence.error, sequence.finish_reason = "the engine has stopped", reason
-        self._deliver([Step(sequence, None, "", reason) for sequence in list(self._homes)])
+            sequence.error, sequence.finish_reason = message, "error"
+        self._deliver([Step(sequence, None, "", "error") for sequence in list(self._homes)])
 
     def _serve(self) -> None:
         while not self._stopping:

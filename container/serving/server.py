@@ -67,6 +67,11 @@ class Serving:
             raise NotReady(self.failure or "the model is still loading")
         return self.loop
 
+    def interrupt(self) -> None:
+        """Fails what is still generated, so that its clients are told before their connections end."""
+        if self.loop is not None:
+            self.loop.interrupt()
+
     def stop(self) -> None:
         if self.loop is not None:
             self.loop.stop()

@@ -59,6 +59,9 @@ class ServerSettings:
                 raise SettingsError(f"{name} is {text!r}, expected a positive whole number")
             return int(text)
 
+        port = number("SAGEMAKER_BIND_TO_PORT", cls.port) or cls.port
+        if port > 65535:
+            raise SettingsError(f"SAGEMAKER_BIND_TO_PORT is {port}, the last port is 65535")
         engine = env.get("MLA_ENGINE") or "native"
         if engine not in ENGINES:
             raise SettingsError(f"MLA_ENGINE is {engine!r}, expected {' or '.join(ENGINES)}")
@@ -78,7 +81,7 @@ class ServerSettings:
             pipeline_parallel=parallel[1],
             backend=env.get("MLA_KERNEL_BACKEND") or "auto",
             kv_cache_dtype=env.get("MLA_KV_CACHE_DTYPE") or "bfloat16",
-            port=number("SAGEMAKER_BIND_TO_PORT", 8080) or 8080,
+            port=port,
             host=env.get("MLA_HOST") or "0.0.0.0",
             model_name=env.get("MLA_MODEL_NAME") or "mla",
             max_batch=number("MLA_MAX_BATCH", cls.max_batch) or cls.max_batch,

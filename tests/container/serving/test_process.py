@@ -82,6 +82,26 @@ def test_a_folder_without_a_model_ends_with_one_clear_line(tmp_path: Path) -> No
         assert output.splitlines()[-1].startswith(expected)
 
 
+def test_a_port_in_use_ends_with_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with serving(tmp_path, SAGEMAKER_BIND_TO_PORT=port) as (process, _):
+            output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.splitlines()[-1].startswith(
+        f"error: cannot listen on 0.0.0.0 port {port}: Address already in use"
+    )
+
+
+def test_ctrl_c_ends_without_a_traceback(tiny_folder: Path) -> None:
+    with serving(link_root(tiny_folder)) as (process, url):
+        wait_ready(process, url)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in output
+
+
 def test_a_kernel_folder_without_the_backend(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "kernel").mkdir()
     root = str(link_root(tiny_folder))

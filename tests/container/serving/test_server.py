@@ -421,6 +421,30 @@ def test_a_dead_engine_thread_makes_the_server_unhealthy(tiny_folder: Path) -> N
     server.stop()
 
 
+def test_what_does_not_end_before_the_server_is_told_so(tiny_folder: Path) -> None:
+    gate = threading.Event()
+    gate.set()
+    server = Server(tiny_folder, gate)
+    server.wait_ready()
+    long = {"prompt": "hello", "max_tokens": 500, "ignore_eos": True}
+    whole: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: whole.append(post(server, **long)))
+    with server.client.stream("POST", "/invocations", json={**long, "stream": True}) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        thread.start()
+        while len(server.engine.scheduler.running) < 2 and thread.is_alive():
+            time.sleep(0.001)
+        server.app.state.serving.interrupt()
+        *_, last, end = lines
+    thread.join()
+    assert end == "data: [DONE]"
+    assert "the server is stopping" in last
+    assert whole[0].status_code == 503
+    assert "the server is stopping" in whole[0].json()["error"]["message"]
+    server.stop()
+
+
 def test_a_failing_step_ends_only_its_own_requests(tiny_folder: Path) -> None:
     gate = threading.Event()
     gate.set()
@@ -482,6 +506,7 @@ def test_more_requests_than_places(tiny_folder: Path) -> None:
     ("name", "value", "words"),
     [
         ("SAGEMAKER_BIND_TO_PORT", "eighty", "SAGEMAKER_BIND_TO_PORT is 'eighty'"),
+        ("SAGEMAKER_BIND_TO_PORT", "65536", "the last port is 65535"),
         ("MLA_MAX_BATCH", "0", "MLA_MAX_BATCH is '0'"),
         ("MLA_KERNEL_DIR", "/does/not/exist", "MLA_KERNEL_DIR is /does/not/exist"),
         ("MLA_KERNEL_S3_URI", "https://bucket/kernel", "MLA_KERNEL_S3_URI is 'https://bucket/kernel'"),
