@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from kernels.arguments import Problem, check_arguments, check_contents, empty_result
 from kernels.backends import BackendError
 from kernels.package import FLASH_MLA, FLASH_MLA_INTERFACE, FlashMlaPackage
+from kernels.site_import import import_from
 from kernels.workloads import make_inputs
 
 _LATENT, _ROPE, _PAGE_SIZE = 512, 64, 64
@@ -131,24 +131,18 @@ def _load(site: Path | None) -> ModuleType:
     """Module flash_mla of the folder `site`, or of the environment."""
     where = site or "the environment"
     try:
-        if site:
-            sys.path.insert(0, str(site))
-        try:
-            module = importlib.import_module(FLASH_MLA)
-        finally:
-            if site:  # only this import may prefer the package's files to the environment's
-                sys.path.remove(str(site))
-                sys.path.append(str(site))
-    except (ImportError, OSError, RuntimeError) as error:
+        module = import_from(site, FLASH_MLA) if site else importlib.import_module(FLASH_MLA)
+    except (Exception, SystemExit) as error:  # a package of unknown origin may raise anything
         fix = "the image lacks what it needs" if site else "install the package or set KernelSource"
         raise BackendError(
-            f"backend 'flash_mla': module flash_mla of {where} cannot be loaded ({error}); {fix}"
+            f"backend 'flash_mla': module flash_mla of {where} cannot be loaded "
+            f"({type(error).__name__}: {error}); {fix}"
         ) from error
     if site and not Path(str(module.__file__)).resolve().is_relative_to(site):
         raise BackendError(
             f"backend 'flash_mla': {module.__file__} is loaded already, {site} needs a process of its own"
         )
     for name in FLASH_MLA_INTERFACE:
-        if not hasattr(module, name):
+        if not callable(getattr(module, name, None)):
             raise BackendError(f"backend 'flash_mla': module {module.__file__} has no {name}")
     return module

@@ -49,8 +49,10 @@ _IMPORT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import flash_mla
-print(json.dumps([name for name in sys.argv[2:] if not hasattr(flash_mla, name)]))
+missing = [name for name in sys.argv[2:] if not callable(getattr(flash_mla, name, None))]
+print("\\nmissing of flash_mla:", json.dumps(missing))
 """
+_ANSWER = re.compile(r"^missing of flash_mla: (.*)$", re.MULTILINE)
 
 
 def install(package: str | Path, out_dir: Path, origin: Mapping[str, Any], say: Say) -> FlashMlaPackage:
@@ -129,16 +131,24 @@ def check_interface(site: Path, folder: Path) -> str:
     except subprocess.TimeoutExpired:
         reason = f"no end after {IMPORT_SECONDS} s"
     else:
-        if done.returncode == 0:
-            _require(json.loads(done.stdout.splitlines()[-1]))
+        if answers := _ANSWER.findall(done.stdout):
+            _require(json.loads(answers[-1]))
             return "imported"
         # A loader's error hides what caused it: name every exception of the traceback, the first cause first.
         causes = dict.fromkeys(re.findall(r"^\w[\w.]*(?:Error|Exception): .*", done.stderr, re.MULTILINE))
-        reason = "; ".join(causes).replace(str(site), "site") or f"exit code {done.returncode}"
+        reason = "; ".join(causes).replace(str(site), "site") or _how_it_ended(done)
     if spec.origin.endswith(".py"):
         names = _names(Path(spec.origin))
         _require([name for name in FLASH_MLA_INTERFACE if not names & {name, "*"}])
     return f"cannot be imported here: {reason}"
+
+
+def _how_it_ended(done: subprocess.CompletedProcess[str]) -> str:
+    """Of a process that ended before it answered, and left no exception."""
+    if done.returncode == 0:
+        return "it ended the process"
+    last = done.stderr.strip().splitlines()[-1:]
+    return last[0] if last and done.returncode > 0 else f"exit code {done.returncode}"
 
 
 def _require(missing: list[str]) -> None:
@@ -199,4 +209,6 @@ def _cause(lines: list[str]) -> str:
     if ends:
         return lines[ends[0] - 1].strip()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if errors and errors[-1] == "Exception:":  # pip's own, with a traceback behind it
+        errors = []
     return (errors or lines)[-1]

@@ -42,7 +42,7 @@ class KernelSource:
     def parse(cls, text: str) -> KernelSource | None:
         """None for builtin. Raises StepError saying what is wrong with `text`."""
         text = text.strip()
-        if text == BUILTIN:
+        if text.lower() == BUILTIN:  # in any spelling: the index may hold a package of another one
             return None
         if text.startswith("s3://"):
             _, key = aws.split_s3_uri(text)

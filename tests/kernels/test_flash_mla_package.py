@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import marshal
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from kernels.arguments import Problem
 from kernels.backends import available_backends
 from kernels.build import write_index
 from kernels.checks import correctness_cases, run_case
+from kernels.flash_mla_backend import FlashMlaBackend
 from kernels.flash_mla_install import check_interface, install
 from kernels.package import FlashMlaPackage
 from kernels.reference import mla_decode_reference
@@ -128,6 +131,47 @@ def test_pythons_caches_are_no_change(artifact: Path, tmp_path: Path) -> None:
     assert KernelIndex.load(kernel).flash_mla
 
 
+def test_code_beside_the_verified_files_does_not_run(artifact: Path, tmp_path: Path) -> None:
+    """Python would run a cache that carries its source's time and size, and no hash covers caches."""
+    kernel = damaged(artifact, tmp_path)
+    source = kernel / "flash_mla" / "site" / "flash_mla" / "__init__.py"
+    times = source.stat()
+    stamp = b"".join(value.to_bytes(4, "little") for value in (0, int(times.st_mtime), times.st_size))
+    other = compile("flash_mla_with_kvcache = get_mla_metadata = exit", str(source), "exec")
+    cache = Path(importlib.util.cache_from_source(str(source)))
+    cache.parent.mkdir()
+    cache.write_bytes(importlib.util.MAGIC_NUMBER + stamp + marshal.dumps(other))
+    backend = get_backend("flash_mla", kernel)
+    assert run_case(backend, correctness_cases(h_q=4, long=300)[0], seed=1).passed
+
+
+def test_importing_leaves_the_artifact_as_it_was(artifact: Path, tmp_path: Path) -> None:
+    kernel = damaged(artifact, tmp_path)
+    before = sorted(kernel.rglob("*"))
+    get_backend("flash_mla", kernel)
+    assert sorted(kernel.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("raise AssertionError('needs two GPUs')", "AssertionError: needs two GPUs"),
+        ("import sys\nsys.exit('no GPU')", "SystemExit: no GPU"),
+        ("get_mla_metadata = flash_mla_with_kvcache = None", "has no flash_mla_with_kvcache"),
+    ],
+)
+def test_a_module_that_does_not_load_is_said_by_its_backend_alone(
+    tmp_path: Path, source: str, words: str
+) -> None:
+    """On a machine with a GPU it may load, so it is in the artifact."""
+    module = fake.MODULE + ("" if "None" in source else source)
+    package = install(fake.wheel(tmp_path, module), tmp_path / "kernel", {}, lambda line: None)
+    init = package.site / "flash_mla" / "__init__.py"
+    init.write_text(init.read_text() + (source if "None" in source else ""))
+    with pytest.raises(BackendError, match=words):
+        FlashMlaBackend(package)
+
+
 @pytest.mark.parametrize(
     ("module", "package", "words"),
     [
@@ -157,6 +201,30 @@ def test_what_needs_a_gpu_to_be_imported_is_read_instead(tmp_path: Path, source:
     (tmp_path / "flash_mla" / "__init__.py").write_text(source)
     said = check_interface(tmp_path, tmp_path)
     assert said == "cannot be imported here: ModuleNotFoundError: No module named 'nowhere'"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import os\nos._exit(0)", "cannot be imported here: it ended the process"),
+        ("import sys\nsys.exit('no GPU here')", "cannot be imported here: no GPU here"),
+        ("import atexit\natexit.register(print, 'bye')\nprint('hello', end='')", "imported"),
+    ],
+)
+def test_what_a_module_prints_or_ends_is_no_obstacle(tmp_path: Path, source: str, said: str) -> None:
+    (tmp_path / "flash_mla").mkdir()
+    functions = "\ndef get_mla_metadata(): ...\ndef flash_mla_with_kvcache(): ...\n"
+    (tmp_path / "flash_mla" / "__init__.py").write_text(source + functions)
+    assert check_interface(tmp_path, tmp_path) == said
+
+
+def test_a_wheel_that_pip_trips_over_is_explained_by_its_last_word(tmp_path: Path) -> None:
+    wheel = fake.wheel(tmp_path)
+    content = bytearray(wheel.read_bytes())
+    content[60] ^= 255
+    wheel.write_bytes(content)
+    with pytest.raises(BuildError, match=r"pip install failed: .*(CRC|invalid|decompress)"):
+        install(wheel, tmp_path / "kernel", {}, lambda line: None)
 
 
 def test_a_module_that_kills_its_process_is_only_recorded(tmp_path: Path) -> None:

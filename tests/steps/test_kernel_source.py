@@ -126,6 +126,11 @@ def test_what_is_no_requirement_and_no_archive_is_refused(tmp_path: Path, source
         KernelSource.parse(source)
 
 
+@pytest.mark.parametrize("text", ["builtin", " builtin ", "Builtin", "BUILTIN"])
+def test_builtin_in_any_spelling_asks_no_index(text: str) -> None:
+    assert KernelSource.parse(text) is None
+
+
 @given(st.text(alphabet=st.characters(codec="ascii"), max_size=30))
 def test_whatever_passes_is_a_name_with_versions(text: str) -> None:
     try:
