@@ -20,19 +20,22 @@ from steps.registry.requirements import Row
 SCHEMA_VERSION = 1
 NONE = "-"  # JsonGet reads these fields, and CustomerMetadataProperties take no empty value
 _EXAMPLE_LIMIT = 64 << 10  # bytes of an input example worth carrying along
+_MLMODEL_LIMIT = 8 << 20  # bytes; parsing a megabyte of YAML takes seconds
 
 
 def read_mlmodel(folder: Path) -> dict[str, Any]:
     """The MLmodel file of a model folder. Raises StepError when there is none or it is malformed."""
     path = folder / "MLmodel"
     try:
+        if (size := path.stat().st_size) > _MLMODEL_LIMIT:
+            raise StepError(f"MLmodel has {size} bytes.", "Log the model again, with a smaller signature.")
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StepError(
             "The folder holds no file MLmodel, so it is no MLflow model.",
             "Name the folder that log_model wrote (runs:/RUN_ID/NAME) or a registered model.",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise StepError(f"MLmodel is no YAML: {error}.", "Log the model again.") from None
     if not isinstance(document, dict) or not isinstance(document.get("flavors"), dict):
         raise StepError("MLmodel names no flavors.", "Log the model again with mlflow 2 or newer.")
@@ -53,13 +56,26 @@ def describe_model(folder: Path) -> dict[str, Any]:
         checkpoint = find_checkpoint(folder)
         config = ModelConfig.from_folder(checkpoint)
     except NotMlaModel as error:
+        flavor = _dict(document["flavors"].get("transformers"))
+        if "source_model_revision" in flavor and "model_binary" not in flavor:
+            raise StepError(
+                f"The model has no weights, only a reference to {flavor.get('source_model_name')} (logged with "
+                "save_pretrained=False).",
+                "Call mlflow.transformers.persist_pretrained_model on it, or log it with its weights.",
+            ) from error
+        reason = str(error).replace(f"{folder}/", "").replace(str(folder), "the model").rstrip(".")
         raise StepError(
-            f"This model has no multi-head latent attention: {error}",
+            f"This is no multi-head latent attention model that the engine runs: {reason}.",
             "Name a model of DeepSeek-V2 or V3 form whose config.json has kv_lora_rank and qk_rope_head_dim.",
         ) from error
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:  # a value of an unforeseen type
+        raise StepError(
+            f"The checkpoint's config.json or generation_config.json cannot be understood: {error}.",
+            "Compare it with that of a published DeepSeek-V2 or V3 model; log the model again.",
+        ) from error
     return {
-        "signature": document.get("signature"),
-        "flavors": sorted(document["flavors"]),
+        "signature": _plain(document.get("signature")),
+        "flavors": sorted(map(str, document["flavors"])),
         "requirements": _requirements(folder),
         "input_example": _input_example(folder, document),
         "checkpoint": checkpoint.relative_to(folder).as_posix(),
@@ -113,11 +129,24 @@ def _requirements(folder: Path) -> list[str]:
 
 
 def _input_example(folder: Path, document: dict[str, Any]) -> Any:
-    name = (document.get("saved_input_example_info") or {}).get("artifact_path")
-    path = folder / str(name)
-    if not name or not path.is_file() or path.stat().st_size > _EXAMPLE_LIMIT:
+    name = _dict(document.get("saved_input_example_info")).get("artifact_path")
+    path = (folder / str(name)).resolve()
+    inside = path.is_relative_to(folder.resolve())
+    if not name or not inside or not path.is_file() or path.stat().st_size > _EXAMPLE_LIMIT:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return _plain(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError):
         return None  # another format than JSON: the example is an aid, not part of the model
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: YAML knows dates, Python's JSON NaN. None when it cannot."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False, default=str))
+    except ValueError:
+        return None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from steps.registry.provenance import describe_model
 from tests.databricks.conftest import NAME, Pull
-from tests.databricks.models import CONFIG, write_checkpoint
+from tests.databricks.models import CONFIG, write_checkpoint, write_model_folder
 from tests.databricks.runner import failed
 from tests.databricks.workspace import Workspace
 
@@ -106,3 +109,62 @@ def test_another_kind_of_model(workspace: Workspace, pull: Pull, tmp_path: Path)
     )
     version = workspace.add_model(NAME, tmp_path / "model")
     failed(pull(f"models:/{NAME}/{version}"), "no multi-head latent attention", "config.json")
+
+
+def test_transformers_without_its_weights(workspace: Workspace, pull: Pull, tmp_path: Path) -> None:
+    """save_pretrained=False logs where the weights were, not the weights."""
+    folder = write_model_folder(tmp_path / "model")
+    shutil.rmtree(folder / "artifacts")
+    flavor = {"source_model_name": "deepseek-ai/DeepSeek-V2-Lite", "source_model_revision": "0"}
+    (folder / "MLmodel").write_text(yaml.safe_dump({"flavors": {"transformers": flavor}}))
+    version = workspace.add_model(NAME, folder)
+    failed(
+        pull(f"models:/{NAME}/{version}"),
+        "reference to deepseek-ai/DeepSeek-V2-Lite",
+        "persist_pretrained_model",
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("artifacts/checkpoint/config.json", json.dumps({**CONFIG, "kv_lora_rank": None}), "kv_lora_rank"),
+        (
+            "artifacts/checkpoint/config.json",
+            json.dumps({**CONFIG, "rope_scaling": 3}),
+            "cannot be understood",
+        ),
+        ("artifacts/checkpoint/config.json", "[" * 100_000, "cannot be understood"),
+        ("artifacts/checkpoint/generation_config.json", '{"eos_token_id": "x"}', "cannot be understood"),
+        ("MLmodel", "flavors: [", "MLmodel is no YAML"),
+        ("MLmodel", "flavors: {}\n" + "#" * (9 << 20), "MLmodel has"),
+    ],
+)
+def test_a_description_that_is_wrong(
+    file: str, content: str, words: str, workspace: Workspace, pull: Pull, tmp_path: Path
+) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (folder / file).write_text(content)
+    message = failed(pull(f"models:/{NAME}/{workspace.add_model(NAME, folder)}"), words)
+    assert "unexpectedly" not in message
+    assert str(tmp_path) not in message, "a path of the job that nobody can look into"
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "value"),
+    [
+        ("saved_input_example_info: {artifact_path: ../secret.json}", "input_example", None),
+        ("saved_input_example_info: {artifact_path: nan.json}", "input_example", None),
+        ("saved_input_example_info: 3", "input_example", None),
+        ("signature: {inputs: 2020-01-01}", "signature", {"inputs": "2020-01-01"}),
+        ("signature: {inputs: .nan}", "signature", None),
+    ],
+)
+def test_an_mlmodel_of_somebody_else(lines: str, key: str, value: object, tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (tmp_path / "secret.json").write_text('"of another"')
+    (folder / "nan.json").write_text("[NaN]")
+    (folder / "MLmodel").write_text(f"flavors: {{python_function: {{}}, 1: {{}}}}\n{lines}\n")
+    document = describe_model(folder)
+    json.dumps(document, allow_nan=False)
+    assert document[key] == value
