@@ -7,6 +7,7 @@ belongs to an environment, so it stands in `config/*.yaml` under `parameters`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -46,6 +47,22 @@ ENDPOINT_INSTANCES = (
 )
 
 
+NUMBER = {"Integer": r"[+-]?[0-9]+", "Float": r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a text must look like, where a pipeline would find out only after the work is done."""
+
+    pattern: str
+    words: str  # for a person: "give …"
+
+
+ENDPOINT = Form(
+    "[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", "1 to 63 letters, digits and dashes, no dash at either end"
+)
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One pipeline parameter; `enum` is empty when any value of the type is allowed."""
@@ -55,12 +72,17 @@ class Parameter:
     meaning: str
     enum: tuple[str, ...] = ()
     required: bool = False  # no default: whoever starts the pipeline gives it
+    form: Form | None = None
+    least: int | None = None  # a number's smallest value
 
     def parse(self, value: object, where: str) -> Value:
         """`value` as this parameter's type. Raises UserError naming the parameter and the allowed values."""
         wanted = {"String": "a text", "Integer": "a whole number", "Float": "a number"}[self.type]
         try:
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise ValueError
+            # Python reads 1_000, blanks around and digits of any script as well; the service does not.
+            if isinstance(value, str) and not re.fullmatch(NUMBER.get(self.type, "(?s:.*)"), value):
                 raise ValueError
             parsed: Value = {"String": str, "Integer": int, "Float": float}[self.type](value)
             if isinstance(parsed, float) and not math.isfinite(parsed):
@@ -71,6 +93,10 @@ class Parameter:
             raise UserError(f"{self.name} = {value!r} is not {wanted}", where, f"give {wanted}") from None
         if self.type == "String" and not parsed:
             raise UserError(f"{self.name} is empty", where, "give a value")
+        if self.form and not re.fullmatch(self.form.pattern, str(parsed)):
+            raise UserError(f"{self.name} = {value!r} is refused by AWS", where, f"give {self.form.words}")
+        if self.least is not None and isinstance(parsed, (int, float)) and parsed < self.least:
+            raise UserError(f"{self.name} = {parsed} is too small", where, f"give {self.least} or more")
         if self.enum and parsed not in self.enum:
             raise UserError(f"{self.name} = {value!r} is not allowed", where, choose(str(value), self.enum))
         return parsed
@@ -110,7 +136,7 @@ RELEASE = (
         PROCESSING_INSTANCES,
     ),
     Parameter("EndpointInstanceType", "String", "machine of the staging endpoint", ENDPOINT_INSTANCES),
-    Parameter("EndpointInstanceCount", "Integer", "instances of the staging endpoint"),
+    Parameter("EndpointInstanceCount", "Integer", "instances of the staging endpoint", least=1),
     Parameter(
         "MaxRelativeError", "Float", "gate: largest allowed relative error of kernel and model outputs"
     ),
@@ -126,7 +152,9 @@ RELEASE = (
         "gate: percent by which latency or perplexity may be worse than production's, measured side by side",
     ),
     Parameter("ModelApprovalStatus", "String", "status the registered version starts with", APPROVALS),
-    Parameter("StagingEndpointName", "String", "endpoint that every passing release is deployed to"),
+    Parameter(
+        "StagingEndpointName", "String", "endpoint that every passing release is deployed to", form=ENDPOINT
+    ),
     Parameter(
         "AcceleratedModelName",
         "String",
@@ -141,12 +169,21 @@ PRODUCTION = (
         "the approved version to deploy; the approval event gives it",
         required=True,
     ),
-    Parameter("ProductionEndpointName", "String", "endpoint that an approved version is deployed to"),
+    Parameter(
+        "ProductionEndpointName", "String", "endpoint that an approved version is deployed to", form=ENDPOINT
+    ),
     Parameter("EndpointInstanceType", "String", "machine of the production endpoint", ENDPOINT_INSTANCES),
-    Parameter("EndpointInstanceCount", "Integer", "instances of the production endpoint"),
+    Parameter("EndpointInstanceCount", "Integer", "instances of the production endpoint", least=1),
 )
 
 PIPELINES: Mapping[str, tuple[Parameter, ...]] = {"release": RELEASE, "production": PRODUCTION}
+
+
+def check_staging(staging: object, production: object, where: str) -> None:
+    """Raise UserError when a release would be deployed where only an approved version may serve."""
+    if str(staging).lower() == str(production).lower():  # CreateEndpoint sees no difference in case
+        what = f"StagingEndpointName = '{staging}' is the production endpoint"
+        raise UserError(what, where, "name another one: only an approval changes production")
 
 
 def check_values(table: Mapping[str, Parameter], values: Mapping[str, object], where: str) -> None:

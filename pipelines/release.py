@@ -1,7 +1,7 @@
-"""The release pipeline: from an MLflow model to a registered, measured and staged version.
+"""The release pipeline: from an MLflow model to a measured, staged and registered version.
 
 PullModel and CompileKernel run side by side; Evaluate measures the pair; the gate decides; what passes is
-registered, deployed to staging, tried over HTTP and recorded in MLflow. One function a step.
+deployed to staging, tried over HTTP, registered and recorded in MLflow. One function a step.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def get_pipeline(settings: Settings) -> sdk.CanonicalPipeline:
     pull = pull_model(build)
     kernel = compile_kernel(build)
     evaluation = evaluate(build, pull, kernel)
-    package = register_model(build, pull, kernel, evaluation)
     model = create_model(build, pull, kernel, evaluation)
     config = create_endpoint_config(build, model)
     endpoint = deploy_staging(build, config)
     smoke = smoke_test(build, evaluation, endpoint)
-    record = record_release(build, pull, kernel, evaluation, package, endpoint, smoke)
-    passed = [package, model, config, endpoint, smoke, record]
+    package = register_model(build, pull, kernel, evaluation, smoke)
+    record = record_release(build, pull, kernel, evaluation, package, endpoint)
+    passed = [model, config, endpoint, smoke, package, record]
     gate = quality_gate(build, evaluation, passed, gate_failed(build, evaluation))
     return build.pipeline(settings.names.release_pipeline, [pull, kernel, evaluation, gate])
 
@@ -93,7 +93,7 @@ def evaluate(build: Builder, pull: ProcessingStep, kernel: ProcessingStep) -> Pr
             "--backend": build.p.KernelBackend,
             "--kv-cache-dtype": build.p.KvCacheDtype,
             "--workload": build.p.Workload,
-            "--production-endpoint": str(build.settings.parameters.production["ProductionEndpointName"]),
+            "--production-endpoint": _production(build),
         },
         inputs={
             "model": output_uri(pull, "model"),
@@ -109,13 +109,14 @@ def evaluate(build: Builder, pull: ProcessingStep, kernel: ProcessingStep) -> Pr
 def quality_gate(
     build: Builder, evaluation: ProcessingStep, passed: list[Any], failed: FailStep
 ) -> ConditionStep:
-    """Every limit of gate.py must hold."""
+    """Every limit of gate.py must hold, and staging must not be the endpoint that only approvals change."""
     conditions = [
         sdk.CONDITIONS[limit.operator](
             left=_measured(evaluation, limit.field), right=_bound(build, limit.bound)
         )
         for limit in LIMITS
     ]
+    conditions.append(sdk.different(build.p.StagingEndpointName, _production(build)))
     return build.gate("QualityGate", conditions, passed, [failed])
 
 
@@ -126,19 +127,29 @@ def gate_failed(build: Builder, evaluation: ProcessingStep) -> FailStep:
         bound = _bound(build, limit.bound)
         parts += [f" {limit.words} ", _measured(evaluation, limit.field), f"{limit.unit} ({limit.operator} "]
         parts += [str(bound) if isinstance(bound, int) else bound.to_string(), f"{limit.unit});"]
+    parts += [" staging endpoint ", build.p.StagingEndpointName, f" (not {_production(build)})."]
     parts += [" See report.html of Evaluate; change the kernel, the model or the limit."]
     return build.fail("GateFailed", text(*parts))
 
 
 def register_model(
-    build: Builder, pull: ProcessingStep, kernel: ProcessingStep, evaluation: ProcessingStep
+    build: Builder,
+    pull: ProcessingStep,
+    kernel: ProcessingStep,
+    evaluation: ProcessingStep,
+    smoke: ProcessingStep,
 ) -> ModelStep:
-    """A version of the model package group that holds exactly the measured pair of weights and kernel."""
+    """A version of the model package group that holds exactly the measured pair of weights and kernel.
+
+    After the smoke test: a version that staging could not serve is none that a person could approve, and
+    ModelApprovalStatus=Approved deploys nothing that was not tried.
+    """
     p = build.p
     statistics = text(output_uri(evaluation, "evaluation"), "evaluation.json", on="/")
     return build.register(
         "RegisterModel",
         "Register weights, kernel and figures as one version",
+        depends_on=[smoke],
         containers=[_container(build, pull, kernel, evaluation)],
         content_types=["application/json"],
         response_types=["application/json"],
@@ -213,7 +224,6 @@ def record_release(
     evaluation: ProcessingStep,
     package: ModelStep,
     endpoint: EndpointStep,
-    smoke: ProcessingStep,
 ) -> ProcessingStep:
     """Writes the package's ARN, the kernel's hash and the figures back to the MLflow version."""
     return build.job(
@@ -233,7 +243,6 @@ def record_release(
         },
         outputs=("record",),
         mlflow=True,
-        depends_on=[smoke],
     )
 
 
@@ -249,6 +258,10 @@ def kernel_sources_sha256(folder: Path = KERNELS) -> str:
 
 def _measured(evaluation: ProcessingStep, field: str) -> Any:
     return json_get(evaluation, "Evaluation", f"gate.{field}")
+
+
+def _production(build: Builder) -> str:
+    return str(build.settings.parameters.production["ProductionEndpointName"])
 
 
 def _bound(build: Builder, bound: str | int) -> Any:

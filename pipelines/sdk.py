@@ -51,6 +51,7 @@ from sagemaker.core.workflow.conditions import (  # noqa: E402
     ConditionEquals,
     ConditionGreaterThanOrEqualTo,
     ConditionLessThanOrEqualTo,
+    ConditionNot,
 )
 from sagemaker.core.workflow.execution_variables import ExecutionVariables  # noqa: E402
 from sagemaker.core.workflow.functions import Join, JsonGet  # noqa: E402
@@ -242,11 +243,15 @@ class Builder:
         """Ends the execution as Failed with the message (1024 characters at most, `lint.py` checks)."""
         return FailStep(name=name, error_message=message)
 
-    def register(self, name: str, description: str, **request: Any) -> ModelStep:
+    def register(
+        self, name: str, description: str, *, depends_on: Sequence[Step] = (), **request: Any
+    ) -> ModelStep:
         """CreateModelPackage; `request` as `create_model_package_from_containers` takes it."""
         holder = self._holder()
         create_model_package_from_containers(self.session, **request)
-        step = ModelStep(name=name, step_args=holder, description=description)
+        step = ModelStep(
+            name=name, step_args=holder, description=description, depends_on=list(depends_on) or None
+        )
         # Only packages for the Marketplace carry it, and the service refuses it in a definition.
         holder.create_model_package_request.pop("CertifyForMarketplace", None)
         return step
@@ -305,6 +310,11 @@ class Builder:
             output_name=output,
             s3_output=ProcessingS3Output(s3_uri=uri, local_path=folder, s3_upload_mode="EndOfJob"),
         )
+
+
+def different(left: PipelineVariable, right: str) -> ConditionNot:
+    """The condition that two texts differ."""
+    return ConditionNot(ConditionEquals(left=left, right=right))
 
 
 def output_uri(step: ProcessingStep, output: str) -> PipelineVariable:

@@ -242,6 +242,11 @@ class Settings(Strict):
             if name not in ROLES:
                 where = _origin(layers, "roles", name)
                 raise UserError(f"unknown key 'roles.{name}'", where, choose(name, ROLES))
+        parameters.check_staging(
+            checked["release"]["StagingEndpointName"],
+            checked["production"]["ProductionEndpointName"],
+            _origin(layers, "parameters", "release", "StagingEndpointName"),
+        )
         instances = int(checked["production"]["EndpointInstanceCount"])
         if found := deployment.problem(settings.deployment, instances):
             key, value, why = found

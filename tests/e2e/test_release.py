@@ -144,11 +144,16 @@ def test_the_sdk_starts_and_waits_and_a_second_delivery_changes_nothing(chain: C
 
 def test_a_missed_limit_fails_with_the_figures_and_registers_nothing(chain: Chain) -> None:
     before = chain.packages()
+    live = chain.aws.sagemaker.describe_endpoint(EndpointName="mla-production")["EndpointConfigName"]
+    values = {**QUICK, "MinSpeedup": "1000000", "StagingEndpointName": "mla-production"}
     with pytest.raises(run.ReleaseFailed) as error:
-        run.run(chain.local, quiet(), {**QUICK, "MinSpeedup": "1000000"})
+        run.run(chain.local, quiet(), values)
     message = str(error.value)
     assert message.startswith("GateFailed: ")
     assert "(>= 1000000" in message
+    assert "staging endpoint mla-production (not mla-production)" in message
+    after = chain.aws.sagemaker.describe_endpoint(EndpointName="mla-production")["EndpointConfigName"]
+    assert after == live
     evaluation = json.loads((newest(chain) / "evaluation.json").read_text())
     assert str(evaluation["gate"]["speedup"]) in message
     assert str(evaluation["gate"]["relative_error"]) in message

@@ -122,7 +122,7 @@ def another_way(document: Document) -> None:
     [
         (no_kernel, "step CreateModel: the container has its kernel in none of"),
         (two_kernels, "step CreateModel: the container has its kernel in both of"),
-        (another_way, "RegisterModel AdditionalModelDataSources, CreateModel MLA_KERNEL_S3_URI"),
+        (another_way, "CreateModel MLA_KERNEL_S3_URI, RegisterModel AdditionalModelDataSources"),
         (rename, "two steps have this name"),
         (long_name, "1 to 64"),
         (cycle, "waits for itself"),

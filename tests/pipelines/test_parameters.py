@@ -45,8 +45,30 @@ def test_a_number_survives_as_text(value: float) -> None:
         ("String", ""),
         ("Float", "nan"),
         ("Float", "inf"),
+        ("Integer", "1_000"),
+        ("Integer", " 2"),
+        ("Integer", "٣"),
+        ("Float", "1_0.5"),
+        ("Float", "0x1p3"),
     ],
 )
 def test_another_type_is_refused_with_name_and_place(type_: parameters.Type, value: object) -> None:
     with pytest.raises(UserError, match=r"Limit.*here"):
         Parameter("Limit", type_, "").parse(value, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("StagingEndpointName", "under_score", "give 1 to 63 letters, digits and dashes"),
+        ("StagingEndpointName", "a" * 64, "1 to 63"),
+        ("StagingEndpointName", "end-\n", "refused by AWS"),
+        ("EndpointInstanceCount", "0", "EndpointInstanceCount = 0 is too small: here; give 1 or more"),
+        ("EndpointInstanceCount", -3, "too small"),
+    ],
+)
+def test_what_a_late_step_would_refuse_is_refused_at_the_start(name: str, value: object, words: str) -> None:
+    table = {one.name: one for one in parameters.RELEASE}
+    with pytest.raises(UserError) as error:
+        parameters.check_values(table, {name: value}, "here")
+    assert words in str(error.value)

@@ -29,8 +29,8 @@ def steps(definition: str) -> dict[str, dict[str, Any]]:
 
 def test_the_steps_are_those_of_the_design(definitions: dict[str, str]) -> None:
     assert list(steps(definitions["release"])) == [
-        "PullModel", "CompileKernel", "Evaluate", "QualityGate", "RegisterModel", "CreateModel",
-        "CreateEndpointConfig", "DeployStaging", "SmokeTest", "RecordRelease", "GateFailed",
+        "PullModel", "CompileKernel", "Evaluate", "QualityGate", "CreateModel", "CreateEndpointConfig",
+        "DeployStaging", "SmokeTest", "RegisterModel", "RecordRelease", "GateFailed",
     ]  # fmt: skip
     assert list(steps(definitions["production"])) == ["VerifyPackage", "DeployProduction", "RecordPromotion"]
 
@@ -42,10 +42,20 @@ def test_pull_and_compile_do_not_wait_for_each_other(definitions: dict[str, str]
     assert parsed.needs(parsed.steps["Evaluate"]) == {"PullModel", "CompileKernel"}
 
 
-def test_nothing_is_recorded_before_the_smoke_test(definitions: dict[str, str]) -> None:
+def test_nothing_is_registered_before_the_smoke_test(definitions: dict[str, str]) -> None:
     parsed = lint.Definition(definitions["release"])
-    assert "SmokeTest" in parsed.needs(parsed.steps["RecordRelease"])
+    assert "RegisterModel" in parsed.needs(parsed.steps["RecordRelease"])
+    assert "SmokeTest" in parsed.needs(parsed.steps["RegisterModel"])
     assert "DeployStaging" in parsed.needs(parsed.steps["SmokeTest"])
+
+
+def test_no_start_makes_staging_of_production(definitions: dict[str, str], settings: Settings) -> None:
+    """By the definition itself, because the console asks nobody else."""
+    production = settings.parameters.production["ProductionEndpointName"]
+    staging = {"Get": "Parameters.StagingEndpointName"}
+    same = {"Type": "Equals", "LeftValue": staging, "RightValue": production}
+    gate = steps(definitions["release"])["QualityGate"]
+    assert {"Type": "Not", "Condition": same} in gate["Arguments"]["Conditions"]
 
 
 def test_parameters_are_the_table(definitions: dict[str, str], settings: Settings) -> None:
@@ -73,6 +83,7 @@ def test_the_gate_is_the_table_of_limits(definitions: dict[str, str]) -> None:
     found = [
         (one["Type"], one["LeftValue"]["Std:JsonGet"]["Path"], one["RightValue"])
         for one in gate["Arguments"]["Conditions"]
+        if "LeftValue" in one
     ]
     assert found == [
         (

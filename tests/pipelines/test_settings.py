@@ -55,6 +55,11 @@ def test_an_override_wins_and_settings_are_frozen() -> None:
         ("names.release_pipeline", "under_score", ["names.release_pipeline = 'under_score'"]),
         ("parameters.release.KernelBacken", "cpu", ["unknown parameter", "did you mean 'KernelBackend'?"]),
         ("parameters.release.KernelBackend", "hoper", ["'hoper' is not allowed", "did you mean 'hopper'?"]),
+        (
+            "parameters.release.StagingEndpointName",
+            "mla-production",
+            ["'mla-production' is the production endpoint", "only an approval changes production"],
+        ),
         ("parameters.release.MaxRelativeError", "small", ["'small' is not a number"]),
         ("parameters.release.EndpointInstanceCount", 1.5, ["1.5 is not a whole number"]),
         ("parameters.production.ModelPackageArn", "arn:x", ["ModelPackageArn takes no default"]),
