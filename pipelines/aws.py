@@ -75,7 +75,7 @@ def is_missing(error: Any) -> bool:
     """Whether a ClientError says that the resource does not exist; services spell it differently."""
     detail = error.response["Error"]
     return detail["Code"] in ("ResourceNotFound", "ResourceNotFoundException", "NoSuchKey", "404") or (
-        detail["Code"] == "ValidationException"
+        detail["Code"] in ("ValidationException", "ValidationError")
         and any(
             words in detail["Message"].lower() for words in ("does not exist", "could not find", "not found")
         )

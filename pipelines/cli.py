@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ from pipelines.console import (
     RELEASE,
     Env,
     ExecutionId,
+    MlflowPort,
     Note,
+    Port,
     State,
     Values,
     VersionOf,
@@ -27,6 +30,7 @@ from pipelines.console import (
     errors,
     execution_arn,
     follow,
+    not_production,
     pairs,
     pipeline_name,
     settings_of,
@@ -52,6 +56,9 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options of every command."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no ✓ shows a ? in its place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if debug:
         os.environ["MLA_DEBUG"] = "1"
 
@@ -62,8 +69,8 @@ def run(
     approve: Annotated[bool, typer.Option("--approve", help="Approve the version without asking.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep servers and endpoints up until Ctrl-C.")] = False,
     state: State = Path(".mla"),
-    port: Annotated[int, typer.Option(help="Port of the AWS sandbox; 0 takes a free one.")] = 0,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server; 0 takes a free one.")] = 0,
+    port: Annotated[int, Port] = 0,
+    mlflow_port: Annotated[int, MlflowPort] = 0,
 ) -> None:
     """Run the whole chain on this machine: MLflow model, release, approval, production, one answer."""
     from pipelines import run as chain
@@ -75,6 +82,7 @@ def run(
     with errors(), stoppable():
         values = pairs(parameter)
         check_values({one.name: one for one in RELEASE}, values, "--parameter")  # before anything starts
+        not_production(settings_of("local"), values)
         with Local(state, port, mlflow_port) as local:
             decide = (lambda package: "Approved") if approve else _ask
             summary = chain.run(local, display, values, decide)
@@ -86,8 +94,8 @@ def run(
 
 @app.command()
 def sandbox(
-    port: Annotated[int, typer.Option(help="Port of the AWS sandbox; 0 takes a free one.")] = 4599,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server; 0 takes a free one.")] = 5000,
+    port: Annotated[int, Port] = 4599,
+    mlflow_port: Annotated[int, MlflowPort] = 5000,
     state: State = Path(".mla"),
 ) -> None:
     """Serve AWS and MLflow on loopback until Ctrl-C; other commands find them with --env local."""
@@ -153,6 +161,8 @@ def start(
 
         settings, aws = connect(env)
         name, values = pipeline_name(settings, pipeline), pairs(parameter)
+        if pipeline == RELEASE:
+            not_production(settings, values)
         if if_new:
             if pipeline != RELEASE or "ModelUri" in values:
                 raise UserError(
@@ -231,7 +241,7 @@ def invoke(
     prompt: Annotated[str, typer.Argument(help="Text to continue")],
     env: Env = "local",
     endpoint: Annotated[str, typer.Option(help="Endpoint; the environment's production by default.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 48,
 ) -> None:
     """Ask an endpoint to continue a text."""
     with errors():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -27,7 +28,12 @@ Values = Annotated[
     list[str] | None,
     typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="Pipeline parameter; repeatable."),
 ]
-State = Annotated[Path, typer.Option("--state", help="Folder of the local MLflow store, caches and reports.")]
+State = Annotated[
+    Path,
+    typer.Option("--state", envvar="MLA_STATE", help="Folder of the local MLflow store, caches and reports."),
+]
+Port = typer.Option(min=0, max=65535, help="Port of the AWS sandbox; 0 takes a free one.")
+MlflowPort = typer.Option(min=0, max=65535, help="Port of the MLflow server; 0 takes a free one.")
 Which = Annotated[str, typer.Argument(help="release or production")]
 ExecutionId = Annotated[
     str | None, typer.Option("--execution", "-x", help="Execution id or ARN; the latest by default.")
@@ -59,7 +65,9 @@ def connect(env: str) -> tuple[Settings, Aws]:
             connection.use()
         elif "AWS_ENDPOINT_URL" not in os.environ:
             raise UserError(
-                "no sandbox is running", "--env local", "run `mla-pipeline sandbox`, or name another --env"
+                "no sandbox is running",
+                "--env local",
+                "run `mla-pipeline sandbox` in this folder (MLA_STATE is its --state), or name another --env",
             )
     settings = settings_of(env)
     return settings, Aws(settings.region)
@@ -98,8 +106,20 @@ def pairs(given: list[str] | None) -> dict[str, str]:
         name, equals, value = one.partition("=")
         if not equals:
             raise UserError(f"'{one}' has no '='", "--parameter", "write NAME=VALUE")
+        if any("\ud800" <= one <= "\udfff" for one in value):  # bytes that Python could not read
+            raise UserError(f"{name} = {value!r} is no UTF-8", "--parameter", "give text")
+        if name in pairs:
+            raise UserError(f"{name} is given twice", "--parameter", "give it once")
         pairs[name] = value
     return pairs
+
+
+def not_production(settings: Settings, values: Mapping[str, str]) -> None:
+    """Raise UserError when a release is to be deployed to the production endpoint."""
+    from pipelines.parameters import check_staging
+
+    staging = values.get("StagingEndpointName", settings.parameters.release["StagingEndpointName"])
+    check_staging(staging, settings.parameters.production["ProductionEndpointName"], "--parameter")
 
 
 @contextmanager
@@ -110,14 +130,27 @@ def errors() -> Iterator[None]:
     try:
         with explained():
             yield
-    except UserError as error:
+    except BrokenPipeError:  # `| head`: typer ends quietly
+        raise
+    except (UserError, OSError, UnicodeEncodeError) as error:
         if os.environ.get("MLA_DEBUG"):
             raise
-        typer.echo(f"mla-pipeline: {error}", err=True)
+        typer.echo(f"mla-pipeline: {_in_words(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("mla-pipeline: stopped", err=True)
         raise typer.Exit(130) from None
+
+
+def _in_words(error: Exception) -> str:
+    """One line; a file that cannot be read or written is named with the remedy."""
+    if isinstance(error, UnicodeEncodeError):
+        return "an argument holds bytes that are no UTF-8; correct it"
+    if isinstance(error, OSError) and error.strerror:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space" if full else "give a path that you may read and write"
+        return str(UserError(error.strerror, str(error.filename or "the disk of the state folder"), fix))
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 from pipelines import service
 from pipelines.aws import Aws, is_missing
-from pipelines.errors import UserError
 from pipelines.prices import Prices, per_million_tokens
 from pipelines.settings import Settings
 
@@ -147,19 +146,12 @@ def _staged(aws: Aws, settings: Settings, config: str) -> str:
         return ""
     pipeline = aws.sagemaker.describe_pipeline(PipelineName=settings.names.release_pipeline)["PipelineArn"]
     execution = service.status(aws, f"{pipeline}/execution/{config.removeprefix(prefix)}")
-    return execution.step("RegisterModel").resource
+    # A release that failed on staging registered none.
+    return next((one.resource for one in execution.steps if one.name == "RegisterModel"), "")
 
 
 def _describe(aws: Aws, name: str) -> dict[str, Any]:
-    from botocore.exceptions import ClientError
-
-    try:
-        return aws.sagemaker.describe_endpoint(EndpointName=name)
-    except ClientError as error:
-        if is_missing(error):
-            fix = "staging comes with a release, production with its approval"
-            raise UserError(f"no endpoint '{name}'", aws.region, fix) from error
-        raise
+    return service.there(aws.sagemaker.describe_endpoint, service.no_endpoint(aws, name), EndpointName=name)
 
 
 def _variants(answer: dict[str, Any]) -> Iterator[Variant]:

@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 STATE = Path(".mla")
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "sandbox", "AWS_SECRET_ACCESS_KEY": "sandbox"}
 MLFLOW_SECONDS = 180  # the first start on a slow disk creates the database
+HOST = "127.0.0.1"
 # A child that must not outlive its parent, not even one that is killed: when the pipe on standard input
 # closes, the whole process group is told to stop.
 LEASH = 'exec 3<&0; "$@" 3<&- & child=$!; trap "" TERM; { cat <&3 >/dev/null; kill -TERM 0; } & wait $child'
@@ -48,14 +49,25 @@ class Connection:
     pid: int
 
     @classmethod
-    def read(cls, state: Path = STATE) -> Connection | None:
-        """The pair of a state folder, None when none runs."""
+    def read(cls, state: Path | None = None) -> Connection | None:
+        """The pair of a state folder (MLA_STATE or .mla by default), None when none runs."""
+        path = (state or state_folder()) / "sandbox.json"
         try:
-            found = cls(**json.loads((state / "sandbox.json").read_text()))
-            os.kill(found.pid, 0)
-        except (FileNotFoundError, ProcessLookupError):
+            found = cls(**json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):  # damaged, or of another version
             return None
+        with suppress(PermissionError):  # another user's process: it runs
+            try:
+                os.kill(found.pid, 0)
+            except ProcessLookupError:
+                return None
         return found
+
+    def write(self, state: Path) -> None:
+        """Tell other commands; whoever reads meanwhile sees all of it or nothing."""
+        written = state / "sandbox.json.new"
+        written.write_text(json.dumps(asdict(self)))
+        written.replace(state / "sandbox.json")
 
     def settings(self) -> Settings:
         """The local environment, pointed at this MLflow server."""
@@ -64,10 +76,35 @@ class Connection:
         )
 
     def use(self) -> None:
-        """Point boto3 in this process at the sandbox, unless the environment already says otherwise."""
-        os.environ.setdefault("AWS_ENDPOINT_URL", self.endpoint_url)
+        """Point this process at the sandbox; a shell that names an AWS_ENDPOINT_URL is taken at its word."""
+        without_proxy()
+        if "AWS_ENDPOINT_URL" not in os.environ:
+            only_sandbox(self.endpoint_url)
         for name, value in CREDENTIALS.items():
             os.environ.setdefault(name, value)
+
+
+def state_folder() -> Path:
+    """Where commands without --state look for the pair that runs."""
+    return Path(os.environ.get("MLA_STATE") or STATE)
+
+
+def only_sandbox(endpoint_url: str) -> None:
+    """Make the sandbox the only AWS that this process and its children know.
+
+    A profile, a service's own address or AWS_IGNORE_CONFIGURED_ENDPOINT_URLS would lead elsewhere.
+    """
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=endpoint_url)
+    os.environ.update(dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull))
+
+
+def without_proxy() -> None:
+    """Keep a proxy of the shell's (HTTP_PROXY) out of what is asked on loopback."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if hosts != "*" and HOST not in (known := [one.strip() for one in hosts.split(",") if one.strip()]):
+        os.environ.update(dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join([*known, HOST])))
 
 
 class Lock:
@@ -96,6 +133,30 @@ class Lock:
         self._file.close()
 
 
+def leashed(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a command, output to `log`, that ends when `end` is called or this process is gone."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            ["sh", "-c", LEASH, "sh", *command],
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 10.0) -> None:
+    """SIGTERM to a leashed command's group, SIGKILL to what is left after `seconds`."""
+    assert process.stdin is not None
+    process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 class MlflowServer:
     """A real MLflow tracking server and registry on loopback: SQLite store, artifacts served over HTTP."""
 
@@ -103,10 +164,10 @@ class MlflowServer:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "server.log"
         port = free_port(port)
-        self.uri = f"http://127.0.0.1:{port}"
+        self.uri = f"http://{HOST}:{port}"
         command = [
             sys.executable, "-m", "mlflow", "server", "--workers", "1",
-            "--host", "127.0.0.1", "--port", str(port),
+            "--host", HOST, "--port", str(port),
             "--backend-store-uri", f"sqlite:///{(folder / 'mlflow.db').resolve()}",
             "--artifacts-destination", str((folder / "artifacts").resolve()),
         ]  # fmt: skip
@@ -114,14 +175,7 @@ class MlflowServer:
         variables = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         # Not the caller's MLFLOW_ variables: the server would take MLFLOW_REGISTRY_URI for its own registry.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        self._process = subprocess.Popen(
-            ["sh", "-c", LEASH, "sh", *command],
-            stdin=subprocess.PIPE,
-            stdout=self.log.open("wb"),
-            stderr=subprocess.STDOUT,
-            env={**inherited, **variables},
-            start_new_session=True,
-        )
+        self._process = leashed(command, {**inherited, **variables}, self.log)
 
     def wait_until_healthy(self) -> None:
         """Returns once the server answers. Raises UserError with its last words when it does not."""
@@ -157,13 +211,7 @@ class MlflowServer:
 
     def stop(self, seconds: float = 10.0) -> None:
         """SIGTERM to the whole group, SIGKILL to what is left after `seconds`."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        end(self._process, seconds)
 
 
 class Local:
@@ -185,6 +233,7 @@ class Local:
         self._sandbox: Sandbox | None = None
 
     def __enter__(self) -> Local:
+        without_proxy()
         self._lock = Lock(self.state)
         try:
             if self._port:
@@ -214,10 +263,7 @@ class Local:
         jobs |= self._job_environment
         self._sandbox = Sandbox(self.state / "sandbox", port=self._port, job_environment=jobs)
         self._sandbox.__enter__()
-        # Not setdefault: a run of its own must never reach an account that the shell is pointed at.
-        os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=self._sandbox.endpoint_url)
-        os.environ.pop("AWS_PROFILE", None)
-        os.environ.pop("AWS_SESSION_TOKEN", None)
+        only_sandbox(self._sandbox.endpoint_url)
         self.connection = Connection(self._sandbox.endpoint_url, self.mlflow.uri, os.getpid())
         self.settings = self.connection.settings()
         os.environ["AWS_DEFAULT_REGION"] = self.settings.region
@@ -227,7 +273,7 @@ class Local:
             role_name=self.settings.role_name,
             region=self.settings.region,
         )
-        (self.state / "sandbox.json").write_text(json.dumps(asdict(self.connection)))
+        self.connection.write(self.state)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -246,9 +292,7 @@ def free_port(port: int = 0) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((HOST, port))
         except OSError:
-            raise UserError(
-                f"port {port} is taken", "127.0.0.1", "choose another, or 0 for any free one"
-            ) from None
+            raise UserError(f"port {port} is taken", HOST, "choose another, or 0 for any free one") from None
         return int(probe.getsockname()[1])

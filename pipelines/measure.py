@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import readme
-from pipelines.local import STATE
+from pipelines.local import state_folder
 
 RESULTS = readme.README.parent / "docs" / "RESULTS_run.md"
 SAMPLE_SECONDS = 0.5
@@ -103,7 +103,7 @@ def best_seconds(command: Sequence[str], runs: int = 5) -> float:
 
 def newest_summary() -> tuple[Path, dict[str, Any]]:
     """summary.json of the last run."""
-    path = max((STATE / "runs").glob("*/summary.json"), key=lambda one: one.stat().st_mtime)
+    path = max((state_folder() / "runs").glob("*/summary.json"), key=lambda one: one.stat().st_mtime)
     return path, json.loads(path.read_text())
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from pipelines import service, upsert
 from pipelines.aws import Aws
 from pipelines.display import Display
 from pipelines.errors import UserError
-from pipelines.local import Local
+from pipelines.local import Local, end, leashed
 from pipelines.service import Execution
 from pipelines.settings import Settings
 
@@ -100,9 +99,12 @@ def train_demo(local: Local, *options: str) -> None:
     log = local.state / "train.log"
     variables = {"MLFLOW_TRACKING_URI": local.mlflow.uri, "MLFLOW_REGISTRY_URI": local.mlflow.uri}
     command = [sys.executable, str(TRAINER), "--registered-model-name", DEMO, *options]
-    with log.open("wb") as out:
-        ended = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables})
-    if ended.returncode:
+    process = leashed(command, {**os.environ, **variables}, log)
+    try:
+        status = process.wait()
+    finally:
+        end(process)
+    if status:
         words = log.read_text(errors="replace").strip().splitlines() or ["no output"]
         raise UserError(f"training failed: {words[-1]}", str(log), "read the log")
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pipelines.aws import Aws, is_missing
 from pipelines.errors import UserError, choose
-from pipelines.parameters import Parameter, check_values
+from pipelines.parameters import PIPELINES, Parameter, check_values
 
 RUNNING = {"Executing", "Stopping"}
 JOBS = "/aws/sagemaker/ProcessingJobs"
 ENDPOINTS = "/aws/sagemaker/Endpoints"
+LISTED = 10  # versions named in a message
 
 
 @dataclass(frozen=True)
@@ -109,28 +110,26 @@ def start(
 
 def stored_parameters(aws: Aws, pipeline: str) -> dict[str, Parameter]:
     """The parameters of the definition that would run now."""
-    from botocore.exceptions import ClientError
-
-    try:
-        answer = aws.sagemaker.describe_pipeline(PipelineName=pipeline)
-    except ClientError as error:
-        if is_missing(error):
-            raise UserError(
-                f"no pipeline '{pipeline}'", aws.region, "run `mla-pipeline upsert` first"
-            ) from error
-        raise
+    answer = there(aws.sagemaker.describe_pipeline, _no_pipeline(aws, pipeline), PipelineName=pipeline)
     listed = json.loads(answer["PipelineDefinition"]).get("Parameters", [])
+    # Forms and least values are ours: a definition cannot hold them.
+    ours = {one.name: one for table in PIPELINES.values() for one in table}
     return {
-        one["Name"]: Parameter(
-            one["Name"], one["Type"], "", tuple(one.get("EnumValues", ())), "DefaultValue" not in one
+        one["Name"]: replace(
+            ours.get(one["Name"], Parameter(one["Name"], one["Type"], "")),
+            type=one["Type"],
+            enum=tuple(one.get("EnumValues", ())),
+            required="DefaultValue" not in one,
         )
         for one in listed
     }
 
 
 def status(aws: Aws, arn: str) -> Execution:
-    """An execution with its steps."""
-    answer = aws.sagemaker.describe_pipeline_execution(PipelineExecutionArn=arn)
+    """An execution with its steps. Raises UserError when there is none of the ARN."""
+    fix = "`mla-pipeline status` shows the latest, `status ENDPOINT` the last ones"
+    none = UserError(f"no execution '{arn.rsplit('/', 1)[-1]}'", arn, fix)
+    answer = there(aws.sagemaker.describe_pipeline_execution, none, PipelineExecutionArn=arn)
     pages = aws.sagemaker.get_paginator("list_pipeline_execution_steps").paginate(
         PipelineExecutionArn=arn, SortOrder="Ascending"
     )
@@ -183,8 +182,13 @@ def reason(execution: Execution) -> str:
 
 def latest(aws: Aws, pipeline: str) -> str:
     """ARN of the execution that started last."""
-    found = aws.sagemaker.list_pipeline_executions(
-        PipelineName=pipeline, SortBy="CreationTime", SortOrder="Descending", MaxResults=1
+    found = there(
+        aws.sagemaker.list_pipeline_executions,
+        _no_pipeline(aws, pipeline),
+        PipelineName=pipeline,
+        SortBy="CreationTime",
+        SortOrder="Descending",
+        MaxResults=1,
     )["PipelineExecutionSummaries"]
     if not found:
         raise UserError("no execution yet", f"pipeline {pipeline}", "run `mla-pipeline start`")
@@ -228,15 +232,13 @@ def logs(aws: Aws, arn: str, step: str) -> Iterator[str]:
 
 def packages(aws: Aws, group: str) -> list[Package]:
     """Versions of the group, newest first."""
-    found = aws.sagemaker.list_model_packages(
-        ModelPackageGroupName=group, SortBy="CreationTime", SortOrder="Descending"
-    )["ModelPackageSummaryList"]
-    return [package(aws, one["ModelPackageArn"]) for one in found]
+    return [package(aws, one["ModelPackageArn"]) for one in _versions(aws, group)]
 
 
 def package(aws: Aws, arn: str) -> Package:
-    """A version by ARN."""
-    answer = aws.sagemaker.describe_model_package(ModelPackageName=arn)
+    """A version by ARN. Raises UserError when there is none."""
+    none = UserError(f"no version '{arn}'", aws.region, "its number in the group will do as well")
+    answer = there(aws.sagemaker.describe_model_package, none, ModelPackageName=arn)
     return Package(
         arn=answer["ModelPackageArn"],
         version=answer["ModelPackageVersion"],
@@ -250,13 +252,25 @@ def find_package(aws: Aws, group: str, reference: str | None) -> Package:
     """A version by ARN or number; without reference the newest one that waits for a decision."""
     if reference and reference.startswith("arn:"):
         return package(aws, reference)
-    known = packages(aws, group)
-    for one in known:
-        if str(one.version) == reference or (reference is None and one.status == "PendingManualApproval"):
-            return one
-    listed = ", ".join(f"{one.version} ({one.status})" for one in known) or "none"
+    known = []
+    for one in _versions(aws, group):
+        number, state = str(one["ModelPackageVersion"]), one["ModelApprovalStatus"]
+        if number == reference or (reference is None and state == "PendingManualApproval"):
+            return package(aws, one["ModelPackageArn"])
+        known.append(f"{number} ({state})")
+    more = f" and {len(known) - LISTED} older" if len(known) > LISTED else ""
+    listed = ", ".join(known[:LISTED]) or "none"
     what = f"no version {reference}" if reference else "no version waits for approval"
-    raise UserError(what, f"model package group {group}", f"known: {listed}")
+    raise UserError(what, f"model package group {group}", f"known: {listed}{more}")
+
+
+def _versions(aws: Aws, group: str) -> Iterator[dict[str, Any]]:
+    """Summaries of the group's versions, newest first, page after page as they are asked for."""
+    pages = aws.sagemaker.get_paginator("list_model_packages").paginate(
+        ModelPackageGroupName=group, SortBy="CreationTime", SortOrder="Descending"
+    )
+    for page in pages:
+        yield from page["ModelPackageSummaryList"]
 
 
 def decide(aws: Aws, arn: str, approval: str, note: str) -> None:
@@ -269,14 +283,38 @@ def decide(aws: Aws, arn: str, approval: str, note: str) -> None:
 
 
 def invoke(aws: Aws, endpoint: str, prompt: str, max_tokens: int) -> dict[str, Any]:
-    """The endpoint's answer to a prompt, as OpenAI's completions form it."""
-    answer = aws.runtime.invoke_endpoint(
+    """The endpoint's answer to a prompt, as OpenAI's completions form it. UserError for no such endpoint."""
+    answer = there(
+        aws.runtime.invoke_endpoint,
+        no_endpoint(aws, endpoint),
         EndpointName=endpoint,
         ContentType="application/json",
         Accept="application/json",
         Body=json.dumps({"prompt": prompt, "max_tokens": max_tokens}),
     )
     return json.loads(answer["Body"].read())
+
+
+def _no_pipeline(aws: Aws, name: str) -> UserError:
+    return UserError(f"no pipeline '{name}'", aws.region, "run `mla-pipeline upsert` first")
+
+
+def no_endpoint(aws: Aws, name: str) -> UserError:
+    """There is no endpoint of the name."""
+    fix = "staging comes with a release, production with its approval"
+    return UserError(f"no endpoint '{name}'", aws.region, fix)
+
+
+def there(call: Callable[..., Any], none: UserError, **arguments: Any) -> Any:
+    """The answer; raises `none` when what is asked for does not exist."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return call(**arguments)
+    except ClientError as error:
+        if is_missing(error):
+            raise none from error
+        raise
 
 
 def report(aws: Aws, arn: str, folder: Path) -> list[Path]:

@@ -106,6 +106,11 @@ def test_it_starts_within_half_a_second() -> None:
         (["run", "-p", "ModelUri"], "'ModelUri' has no '='"),
         (["run", "-p", "Foo=1"], "unknown parameter 'Foo'"),  # before servers start and a model is trained
         (["run", "-p", "KernelBackend=cpuu"], "did you mean 'cpu'?"),
+        (["run", "-p", "StagingEndpointName=MLA-Production"], "only an approval changes production"),
+        (["run", "-p", "MinSpeedup=1", "-p", "MinSpeedup=2"], "MinSpeedup is given twice"),
+        (["run", "-p", "ModelUri=\udcff"], "is no UTF-8: --parameter"),
+        (["run", "--state", "/proc/none"], "No such file or directory: /proc/none"),
+        (["run", "--state", "/dev/null/x"], "Not a directory: /dev/null/x; give a path that you may"),
     ],
 )
 def test_an_error_is_one_line(runner: CliRunner, arguments: list[str], words: str) -> None:
@@ -137,6 +142,19 @@ def test_a_taken_port_is_named(runner: CliRunner, option: str) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert f"port {port} is taken" in refused(runner, "run", option, str(port))
+
+
+def test_a_port_that_cannot_be_is_refused_with_the_range(runner: CliRunner) -> None:
+    result = runner.invoke(app, ["run", "--port", "70000"])
+    assert result.exit_code == 2
+    assert "65535" in result.output
+
+
+def test_a_terminal_without_the_marks_is_no_reason_to_fail() -> None:
+    code = "from pipelines import cli, display; cli.main(); display.Display().note('✓ done')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "? done"), ended.stderr
 
 
 def test_a_port_that_is_free_is_given() -> None:

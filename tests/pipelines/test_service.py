@@ -115,6 +115,39 @@ def test_an_execution_that_outlasts_the_timeout_is_an_error(
         service.wait(aws, arn, seconds=0.01, timeout=0.05)
 
 
+def test_a_version_beyond_the_first_page_is_found(aws: Aws) -> None:
+    group = "many"
+    aws.sagemaker.create_model_package_group(ModelPackageGroupName=group)
+    specification = {
+        "Containers": [{"Image": "i", "ModelDataUrl": "s3://bucket/m.tar.gz"}],
+        "SupportedContentTypes": ["application/json"],
+        "SupportedResponseMIMETypes": ["application/json"],
+    }
+    for number in range(103):
+        aws.sagemaker.create_model_package(
+            ModelPackageGroupName=group,
+            InferenceSpecification=specification,
+            ModelApprovalStatus="Rejected" if number else "PendingManualApproval",
+        )
+    assert service.find_package(aws, group, "2").version == 2
+    assert service.find_package(aws, group, None).version == 1
+    assert len(service.packages(aws, group)) == 103
+    with pytest.raises(UserError, match=r"no version 999: .*103 \(Rejected\), .* and 93 older$"):
+        service.find_package(aws, group, "999")
+
+
+def test_an_execution_a_version_or_an_endpoint_that_is_not_there_is_said_with_the_remedy(aws: Aws) -> None:
+    arn = f"arn:aws:sagemaker:{REGION}:123456789012"
+    with pytest.raises(UserError, match=r"no execution 'nope': .*; `mla-pipeline status`"):
+        service.status(aws, f"{arn}:pipeline/{NAME}/execution/nope")
+    with pytest.raises(UserError, match=r"no version '.*/nope/9': us-east-1; its number"):
+        service.find_package(aws, "nope", f"{arn}:model-package/nope/9")
+    with pytest.raises(UserError, match=r"no endpoint 'nope': us-east-1; staging comes with a release"):
+        service.invoke(aws, "nope", "text", 1)
+    with pytest.raises(UserError, match=r"no pipeline 'nope'.*mla-pipeline upsert"):
+        service.latest(aws, "nope")
+
+
 def test_service_errors_become_one_line(aws: Aws) -> None:
     with pytest.raises(UserError, match=r"ResourceNotFound: .*: DescribePipeline"), explained():
         aws.sagemaker.describe_pipeline(PipelineName="nothing")
