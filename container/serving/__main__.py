@@ -23,8 +23,8 @@ from container.serving.settings import ServerSettings, SettingsError
 from container.serving.vllm_engine.arguments import VllmOptions
 from container.serving.vllm_engine.engine import VllmEngine
 
-DRAIN_SECONDS = 25  # SageMaker kills 30 s after SIGTERM
-FINISH_SECONDS = 22  # of these for what is under way; after them it is told that the server stops
+DRAIN_SECONDS = 23  # to be gone 25 s after SIGTERM; SageMaker kills after 30
+FINISH_SECONDS = 20  # of these for what is under way; after them it is told that the server stops
 # Longer than a client's pool keeps a connection: a server that closes first may close on a request just sent.
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048  # connections that wait to be accepted, uvicorn's own number
