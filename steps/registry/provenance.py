@@ -59,8 +59,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
         flavor = _dict(document["flavors"].get("transformers"))
         if "source_model_revision" in flavor and "model_binary" not in flavor:
             raise StepError(
-                f"The model has no weights, only a reference to {flavor.get('source_model_name')} (logged with "
-                "save_pretrained=False).",
+                f"The model has no weights, only a reference to {flavor.get('source_model_name')} "
+                "(logged with save_pretrained=False).",
                 "Call mlflow.transformers.persist_pretrained_model on it, or log it with its weights.",
             ) from error
         reason = str(error).replace(f"{folder}/", "").replace(str(folder), "the model").rstrip(".")
