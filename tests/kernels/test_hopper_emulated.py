@@ -1,51 +1,121 @@
-"""The Hopper kernels' own sources on a CPU (tests/kernels/emulator): what they compute, without a GPU."""
+"""The Hopper kernels' own sources on a CPU (tests/kernels/emulator): results, and broken protocols found."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels.checks import CheckCase, run_case
-from tests.kernels.emulator import Emulator, build
+from tests.kernels.emulator import EmulatedFailure, Emulator, build
 from tests.kernels.hopper_cases import BF16, CASES, FP8, FP16, row_tiles
 
-SMALL = 60  # row tiles; the others are slow here
+COUNTERS = 2048  # bytes of the workspace, kCounterBytes of mla_decode.cu
+SMALL = 60  # row tiles; cases of more are slow here
+DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP8))  # of q and the cache
+VARIANTS = {
+    f"{name} {kv}".replace("torch.", ""): (heads, q, kv)
+    for (name, heads), (q, kv) in itertools.product((("few rows", 12), ("many rows", 64)), DTYPES)
+}
+
+
+def case(lengths: tuple[int, ...], s_q: int, h_q: int, q: torch.dtype, kv: torch.dtype) -> CheckCase:
+    name = f"{lengths} s_q={s_q} h_q={h_q} {kv}"
+    return CheckCase(name, lengths, s_q, h_q, 512, 64, q, kv, causal=s_q > 1)
 
 
 @pytest.fixture(scope="session")
-def library() -> Path:
+def emulated() -> Path:
     return build()
 
 
-def as_fp8(case: CheckCase) -> CheckCase:
-    return dataclasses.replace(case, q_dtype=BF16, kv_dtype=FP8)
+def seed_of(case: CheckCase) -> int:
+    return zlib.crc32(case.name.encode())
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16bit", "fp8"])
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=[] if row_tiles(c) <= SMALL else pytest.mark.slow) for c in CASES],
+    [pytest.param(one, marks=[] if row_tiles(one) <= SMALL else pytest.mark.slow) for one in CASES],
     ids=lambda case: case.name,
 )
-def test_matches_the_definition(library: Path, case: CheckCase, fp8: bool) -> None:
+def test_matches_the_definition(emulated: Path, case: CheckCase, fp8: bool) -> None:
     """Within the bounds of kernels.checks, as on a GPU."""
-    seed = zlib.crc32(case.name.encode())
-    result = run_case(Emulator(library, 8, seed), as_fp8(case) if fp8 else case, seed=seed)
+    if fp8:
+        case = dataclasses.replace(case, q_dtype=BF16, kv_dtype=FP8)
+    result = run_case(Emulator(emulated, 8, seed_of(case)), case, seed=1)
     assert result.passed, result
 
 
-def test_two_orders_of_events_give_the_same_bits(library: Path) -> None:
-    for q, kv, heads in (
-        (BF16, BF16, 16),
-        (BF16, BF16, 64),
-        (FP16, FP16, 64),
-        (BF16, FP8, 16),
-        (BF16, FP8, 64),
-    ):
-        inputs = CheckCase("", (200, 70, 0), 1, heads, 512, 64, q, kv).inputs(seed=1)
-        first, second = (Emulator(library, 5, seed)(*inputs.arguments()) for seed in (1, 2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.mark.parametrize("s_q", [1, 2, 3, 4])
+@pytest.mark.parametrize("h_q", [1, 3, 16, 17, 64, 128])
+def test_heads_and_queries(emulated: Path, h_q: int, s_q: int) -> None:
+    q, kv = DTYPES[(h_q + s_q) % 3]
+    one = case((70, 0, 3, 64), s_q, h_q, q, kv)
+    for causal in (False, True) if s_q > 1 else (False,):
+        result = run_case(
+            Emulator(emulated, 8, seed_of(one)), dataclasses.replace(one, causal=causal), seed=2
+        )
+        assert result.passed, result
+
+
+@pytest.mark.parametrize(("heads", "q", "kv"), VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("scale", [-0.1, 0.0])
+def test_softmax_scale(emulated: Path, heads: int, q: torch.dtype, kv: torch.dtype, scale: float) -> None:
+    one = dataclasses.replace(case((65, 100), 1, heads, q, kv), softmax_scale=scale)
+    result = run_case(Emulator(emulated, 3, seed=3), one, seed=3)
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(("heads", "q", "kv"), VARIANTS.values(), ids=VARIANTS)
+def test_any_order_of_events_gives_the_same_bits(
+    emulated: Path, heads: int, q: torch.dtype, kv: torch.dtype
+) -> None:
+    """And leaves the workspace as the next launch needs it: all runs have the same one."""
+    inputs = case((200, 30, 64, 0, 300, 1), 1, heads, q, kv).inputs(seed=4)
+    emulator = Emulator(emulated, 5)
+    first = None
+    for emulator.seed in range(5):
+        result = emulator(*inputs.arguments())
+        assert not emulator.workspace[:COUNTERS].any()
+        first = first or result
+        assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6).map(tuple),
+    s_q=st.integers(1, 4),
+    h_q=st.integers(1, 40),
+    dtypes=st.sampled_from(DTYPES),
+    multiprocessors=st.integers(3, 7),
+    seed=st.integers(0, 2**32),
+)
+def test_random_shapes(
+    emulated: Path,
+    lengths: tuple[int, ...],
+    s_q: int,
+    h_q: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    multiprocessors: int,
+    seed: int,
+) -> None:
+    result = run_case(Emulator(emulated, multiprocessors, seed), case(lengths, s_q, h_q, *dtypes), seed=seed)
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(
+    ("kv", "words"), [(BF16, "lies outside of the tensor"), (FP8, r"reads \d+ bytes at kv_cache")]
+)
+@pytest.mark.parametrize("heads", [16, 64])
+def test_an_index_out_of_range_is_found(emulated: Path, heads: int, kv: torch.dtype, words: str) -> None:
+    inputs = case((130,), 1, heads, BF16, kv).inputs(seed=5)
+    inputs.block_table[0, 2] = inputs.k_cache.shape[0]
+    with pytest.raises(EmulatedFailure, match=rf"kernel.*CTA \d.*warp \d.*\.cuh:\d+: .*{words}"):
+        Emulator(emulated, 3)(*inputs.arguments())

@@ -41,13 +41,13 @@ __device__ __forceinline__ void finish_part(const Params& params, const Work& wo
   float2* totals = reinterpret_cast<float2*>(smem + L::kTotals);
   const bool states = team == 0 && block == 0 && c == 0;  // stores the rows' statistics
   const int slot = cta == work.head_group;
-  float mine[8][4];
+  float kept[8][4];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     float other[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      mine[j][e] = team ? o[1][j][e] : o[0][j][e];
+      kept[j][e] = team ? o[1][j][e] : o[0][j][e];
       other[e] = team ? o[0][j][e] : o[1][j][e];
     }
     exchange[team * (L::kExchangeBytes / 16) + (block * 8 + j) * 32 + lane] = make_float4(other[0], other[1], other[2], other[3]);
@@ -62,8 +62,10 @@ __device__ __forceinline__ void finish_part(const Params& params, const Work& wo
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = g + 8 * i;
-    const float2 a = totals[row];
-    const float2 b = totals[L::kRows + row];
+    // All warps of a team have the same statistics. Who reads the other team's says so at exchange_empty.
+    const float2 mine = make_float2(softmax.maximum[i], softmax.sum[i]);
+    const float2 other = totals[(1 - team) * L::kRows + row];
+    const float2 a = team ? other : mine, b = team ? mine : other;
     const float largest = fmaxf(a.x, b.x);
     const float reference = largest == -INFINITY ? 0.f : largest;
     const float first = exp2_approximate(a.x - reference);
@@ -84,20 +86,20 @@ __device__ __forceinline__ void finish_part(const Params& params, const Work& wo
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float4 other = taken[j * 32];
-    mine[j][0] = mine[j][0] * factor[0][0] + other.x * factor[0][1];
-    mine[j][1] = mine[j][1] * factor[0][0] + other.y * factor[0][1];
-    mine[j][2] = mine[j][2] * factor[1][0] + other.z * factor[1][1];
-    mine[j][3] = mine[j][3] * factor[1][0] + other.w * factor[1][1];
+    kept[j][0] = kept[j][0] * factor[0][0] + other.x * factor[0][1];
+    kept[j][1] = kept[j][1] * factor[0][0] + other.y * factor[0][1];
+    kept[j][2] = kept[j][2] * factor[1][0] + other.z * factor[1][1];
+    kept[j][3] = kept[j][3] * factor[1][0] + other.w * factor[1][1];
   }
   warp_arrive(barriers.exchange_empty(1 - team), lane);
   if (work.parts == 1) {
-    Operands::store(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, mine, inverse);
+    Operands::store(RowPair<T>(params, table, work.item, g), block * 128 + team * 64, lane, kept, inverse);
   } else {
     float4* part = params.partial + (2 * cta + slot) * slot_elements(params) + (4 * block + 2 * team) * 128 + lane;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      part[j * 32] = make_float4(mine[j][0] * Operands::kUnit, mine[j][1] * Operands::kUnit, mine[j][2] * Operands::kUnit,
-                                 mine[j][3] * Operands::kUnit);
+      part[j * 32] = make_float4(kept[j][0] * Operands::kUnit, kept[j][1] * Operands::kUnit, kept[j][2] * Operands::kUnit,
+                                 kept[j][3] * Operands::kUnit);
     }
     if (thread == 0) {
       reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group, work.parts, cta - work.head_group};

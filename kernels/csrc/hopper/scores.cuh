@@ -56,7 +56,10 @@ __device__ __forceinline__ void compute_weights(const Params& params, const CUte
   while (schedule.next(work)) {
     float maximum[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.f, 0.f};
-    if (warp == 0) load_query(params, query_map, barriers, base + L::kQuery, work.item, m_tile, lane);
+    if (warp == 0) {
+      mbarrier_wait(barriers.query_empty(), (items & 1) ^ 1);
+      load_query(params, query_map, barriers, base + L::kQuery, work.item, m_tile, lane);
+    }
     mbarrier_wait(barriers.query_full(), items & 1);
     MLA_TRACE(3);
 #pragma unroll 1

@@ -130,7 +130,8 @@ __device__ __forceinline__ void unpack_block(char* stage, const uint8_t* raw, in
 template <typename L>
 __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& schedule, const Barriers<L>& barriers,
                                              char* smem, uint32_t base, int thread) {
-  static_assert(L::kUnpackers == 128 && L::kRawSlots == 7, "who fills which slot is worked out for these");
+  static_assert(L::kUnpackers == 128 && L::kRawSlots == 7 && L::kStages == 1,
+                "who fills which slot, and when it is read, is worked out for these");
   const int lane = thread & 31;
   const int warp = thread / 32;
   const uint64_t policy = schedule.cache_policy();
@@ -152,6 +153,9 @@ __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& sch
     const uint32_t free = (tile / L::kStages & 1) ^ 1;
     char* destination = smem + L::kCache + stage * kTileBytes;
     const uint8_t* raw = reinterpret_cast<const uint8_t*>(smem) + L::kRaw + slot * kRawBytes;
+    // What the slot held before is another warp's of the last tile. It may still be on its way, and waiting for the phase
+    // after it would then return at once. An empty stage says that all warps have read the last tile.
+    mbarrier_wait(barriers.empty(stage, 0), free);
     mbarrier_wait(barriers.raw_full(slot), parity);
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {

@@ -1,5 +1,5 @@
 // Named barriers (PTX ISA: bar.sync, bar.arrive, aligned) and mbarriers (PTX ISA: "Asynchronous Barrier").
-#include "machine.h"
+#include "races.h"
 
 namespace emulator {
 namespace {
@@ -27,19 +27,26 @@ bool arrive(Warp& warp, void* const* arguments) {
     fail("barrier %d for %d threads, others who arrived have said %d", argument.barrier, argument.threads, barrier.expected);
   }
   barrier.arrived += 32;
+  for (Thread* thread : warp.threads) release(*thread, barrier.clock);
   if (argument.wait) barrier.waiting.push_back(&warp);
   if (barrier.arrived < barrier.expected) return !argument.wait;
   for (Warp* waiting : barrier.waiting) {
+    for (Thread* thread : waiting->threads) acquire(*thread, barrier.clock);
     if (waiting != &warp) make_ready(*waiting, kAllLanes);
   }
   barrier = {};
   return true;
 }
 
-MBarrier& at(Cta& cta, uint32_t address) {
+MBarrier& at(const Thread& thread, uint32_t address) {
+  Cta& cta = *thread.cta;
   shared_at(cta, address, 8, 8);
   const auto found = cta.mbarriers.find(address);
   if (found == cta.mbarriers.end()) fail("0x%x is no initialised mbarrier", address);
+  const Access& initialised = found->second.initialised;
+  if (initialised.epoch > thread.clock.own[initialised.agent]) {
+    fail("a race: thread %d has initialised 0x%x, and nothing orders that before", initialised.agent, address);
+  }
   return found->second;
 }
 
@@ -47,6 +54,8 @@ void end_phase_if_complete(MBarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   ++barrier.phase;
   barrier.pending = barrier.arrivals;
+  barrier.arrived.join_with(barrier.arriving);
+  barrier.arriving.clear();
   for (Thread* thread : barrier.waiting) make_ready(*thread->warp, 1u << thread->lane());
   barrier.waiting.clear();
 }
@@ -56,14 +65,15 @@ bool passed(const MBarrier& barrier, uint32_t parity) { return (barrier.phase & 
 }  // namespace
 
 void named_barrier(int barrier, int threads, bool wait, Place place) {
-  if (dropped(place)) return;
+  const char* name = wait ? "named_sync" : "named_arrive";
+  if (dropped(name, place)) return;
   machine.current->operand[0] = barrier;
   NamedArgument argument = {barrier, threads, wait};
-  collective(wait ? "named_sync" : "named_arrive", place, &argument, arrive);
+  collective(name, place, &argument, arrive);
 }
 
 void sync_cta(Place place) {
-  if (dropped(place)) return;
+  if (dropped("__syncthreads", place)) return;
   machine.current->operand[0] = 0;
   NamedArgument argument = {0, static_cast<int>(machine.launch.threads), true};
   collective("__syncthreads (named_sync)", place, &argument, arrive);
@@ -73,51 +83,65 @@ void mbarrier_init(uint32_t barrier, uint32_t arrivals, Place place) {
   Thread& thread = enter("mbarrier_init", place);
   shared_at(*thread.cta, barrier, 8, 8);
   if (arrivals < 1 || arrivals > (1 << 20) - 1) fail("%u arrivals: an mbarrier takes 1 to 2^20 - 1", arrivals);
-  thread.cta->mbarriers[barrier] = MBarrier{arrivals, arrivals, 0, 0, {}};
+  MBarrier& b = thread.cta->mbarriers[barrier] = {arrivals, arrivals};
+  b.initialised = {thread.clock.own[thread.index], static_cast<uint16_t>(thread.index)};
 }
 
 void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
-  if (dropped(place)) return;
-  Thread& thread = enter(expected_bytes ? "mbarrier_expect" : "mbarrier_arrive", place);
-  MBarrier& b = at(*thread.cta, barrier);
+  const char* name = expected_bytes ? "mbarrier_expect" : "mbarrier_arrive";
+  if (dropped(name, place)) return;
+  Thread& thread = enter(name, place);
+  MBarrier& b = at(thread, barrier);
   b.bytes += expected_bytes;
+  b.unasked += expected_bytes;
   if (b.bytes >= 1 << 20) fail("0x%x expects %lld bytes, an mbarrier counts to 2^20 - 1", barrier, static_cast<long long>(b.bytes));
   if (b.pending == 0) {
     fail("all %u arrivals of phase %u of 0x%x have come, %lld bytes are missing: one arrival too many", b.arrivals, b.phase,
          barrier, static_cast<long long>(b.bytes));
   }
   --b.pending;
+  release(thread, b.arriving);
   end_phase_if_complete(b);
 }
 
-// The kernels announce bytes before they ask for them, so a count below 0 is a wrong number, though the ISA allows it.
+// The kernels announce bytes before they ask for them. More is a wrong number, though the ISA allows to announce it later.
+void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes) {
+  MBarrier& b = at(thread, barrier);
+  b.unasked -= bytes;
+  if (b.unasked < 0) fail("%u bytes are %lld more than phase %u of 0x%x expects", bytes, static_cast<long long>(-b.unasked), b.phase, barrier);
+}
+
 void complete_copy(const Copy& copy) {
   MBarrier& b = copy.cta->mbarriers.at(copy.barrier);
   b.bytes -= copy.bytes;
-  if (b.bytes < 0) {
-    fail("its %u bytes are %lld more than phase %u of 0x%x expects", copy.bytes, static_cast<long long>(-b.bytes), b.phase,
-         copy.barrier);
-  }
+  b.arriving.join_with(*copy.clock);
+  if (b.arriving.own[copy.agent] < copy.epoch) b.arriving.own[copy.agent] = copy.epoch;
   end_phase_if_complete(b);
 }
 
 void mbarrier_wait(uint32_t barrier, uint32_t parity, Place place) {
-  if (dropped(place)) return;
-  parity ^= dropped(place, true);
+  if (dropped("mbarrier_wait", place)) return;
+  parity ^= inverted(place);
   Thread& thread = enter("mbarrier_wait", place);
-  MBarrier& b = at(*thread.cta, barrier);
+  MBarrier& b = at(thread, barrier);
   thread.operand[0] = barrier;
   thread.operand[1] = parity;
   while (!passed(b, parity)) {
     b.waiting.push_back(&thread);
     park();
   }
+  acquire(thread, b.arrived);
 }
 
-// May miss a phase that has just completed, as an earlier test would have.
+// May miss a phase that has just completed, as an earlier test would have; all lanes of a warp alike.
 bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place) {
   Thread& thread = enter("mbarrier_test", place);
-  return passed(at(*thread.cta, barrier), parity) && !machine.one_in(4);
+  const MBarrier& b = at(thread, barrier);
+  const Warp& warp = *thread.warp;
+  const bool early = (machine.options.seed + warp.index + warp.gatherings) * 0x9E3779B97F4A7C15u >> 62 == 0;
+  if (!passed(b, parity) || early) return false;
+  acquire(thread, b.arrived);
+  return true;
 }
 
 }  // namespace emulator

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "machine.h"
+#include "races.h"
 
 namespace emulator {
 
@@ -25,6 +25,7 @@ void collective(const char* name, Place place, void* argument, bool (*action)(Wa
     return;
   }
   warp.arrived = 0;
+  warp_gathered(warp);
   if (action(warp, warp.arguments)) {
     make_ready(warp, kAllLanes);
   } else {
@@ -147,8 +148,13 @@ int64_t reduce(Reduction kind, uint32_t mask, int64_t value, Place place) {
 
 void sync_warp(uint32_t mask, Place place) {
   check_mask(mask);
-  if (dropped(place)) return;
-  collective("__syncwarp", place, nullptr, [](Warp&, void* const*) { return true; });
+  if (dropped("__syncwarp", place)) return;
+  collective("__syncwarp", place, nullptr, [](Warp& warp, void* const*) {
+    Clock clock;
+    for (Thread* thread : warp.threads) release(*thread, clock);
+    for (Thread* thread : warp.threads) acquire(*thread, clock);
+    return true;
+  });
 }
 
 void set_registers(bool grow, int registers, Place place) {

@@ -4,17 +4,19 @@
 
 #include <algorithm>
 
-#include "machine.h"
+#include "races.h"
 
 namespace emulator {
 namespace {
 
 constexpr int kRowBytes = 128;  // of a box: 64 elements
 
-void issue(Copy copy) {
-  Cta& cta = *copy.cta;
+void issue(Thread& thread, Copy copy) {
+  Cta& cta = *thread.cta;
+  copy.cta = &cta;
+  copy.thread = thread.index;
   shared_at(cta, copy.destination, copy.bytes, copy.source ? 16 : 128);
-  if (cta.mbarriers.find(copy.barrier) == cta.mbarriers.end()) fail("0x%x is no initialised mbarrier", copy.barrier);
+  ask_for_copy(thread, copy.barrier, copy.bytes);
   for (const Copy& other : machine.copies) {
     if (other.cta == &cta && copy.destination < other.destination + other.bytes &&
         other.destination < copy.destination + copy.bytes) {
@@ -22,8 +24,14 @@ void issue(Copy copy) {
            other.place.line);
     }
   }
-  read_by_async_proxy(cta, copy.destination, copy.bytes);
+  touched_by_async_proxy(cta, copy.place, copy.destination, copy.bytes);
   memset(cta.shared + (copy.destination - machine.shared_base), 0xFF, copy.bytes);
+  copy.agent = take_copy_agent(cta);
+  copy.epoch = ++cta.copy_epochs[copy.agent];
+  copy_writes(thread, copy);
+  auto clock = std::make_shared<Clock>();
+  release(thread, *clock);
+  copy.clock = clock;
   machine.copies.push_back(copy);
 }
 
@@ -60,14 +68,27 @@ void tensor_copy(uint32_t destination, const void* map_pointer, uint32_t barrier
   for (uint32_t j = 0; j < map.box[1] && y + j < map.size[1]; ++j) {
     check_global(reinterpret_cast<const void*>(map.base + z * map.stride[1] + (y + j) * map.stride[0] + 2 * x), kRowBytes, 16, false);
   }
-  issue({thread.cta, destination, map.box[1] * kRowBytes, barrier, nullptr, map, {x, y, z}, thread.index, place});
+  Copy copy = {};
+  copy.destination = destination;
+  copy.bytes = map.box[1] * kRowBytes;
+  copy.barrier = barrier;
+  copy.map = map;
+  copy.at[0] = x, copy.at[1] = y, copy.at[2] = z;
+  copy.place = place;
+  issue(thread, copy);
 }
 
 void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier, Place place) {
   Thread& thread = enter("bulk_copy", place);
   if (bytes == 0 || bytes % 16 != 0) fail("%u bytes: a bulk copy takes multiples of 16", bytes);
   check_global(source, bytes, 16, false);
-  issue({thread.cta, destination, bytes, barrier, static_cast<const char*>(source), {}, {}, thread.index, place});
+  Copy copy = {};
+  copy.destination = destination;
+  copy.bytes = bytes;
+  copy.barrier = barrier;
+  copy.source = static_cast<const char*>(source);
+  copy.place = place;
+  issue(thread, copy);
 }
 
 void execute_copy(size_t index) {
@@ -81,6 +102,7 @@ void execute_copy(size_t index) {
   } else {
     memcpy(copy.cta->shared + (copy.destination - machine.shared_base), copy.source, copy.bytes);
   }
+  copy.cta->free_copy_agents.push_back(copy.agent);
   complete_copy(copy);
   machine.blame = nullptr;
 }

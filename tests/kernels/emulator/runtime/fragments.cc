@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "elements.h"
-#include "machine.h"
+#include "races.h"
 
 namespace emulator {
 namespace {
@@ -20,6 +20,7 @@ bool load(Warp& warp, void* const* arguments) {
   for (int lane = 0; lane < 32; ++lane) {
     const auto& argument = *static_cast<MatricesArgument*>(arguments[lane]);
     memcpy(matrix[lane / 8][lane % 8], shared_at(*warp.cta, argument.address, 16, 16), 16);
+    thread_reads(*warp.threads[lane], argument.address, 16);
   }
   for (int lane = 0; lane < 32; ++lane) {
     const auto& argument = *static_cast<MatricesArgument*>(arguments[lane]);

@@ -3,7 +3,7 @@
 #include <dlfcn.h>
 #include <string.h>
 
-#include "machine.h"
+#include "races.h"
 
 namespace emulator {
 namespace {
@@ -14,6 +14,7 @@ const void* context;
 void thread_main() {
   body(context);
   Thread& thread = *machine.current;
+  check_rewrites(thread);
   thread.returned = true;
   thread.doing = "has returned";
   if (!thread.warp->products.empty()) fail("wgmma is still in flight");
@@ -21,6 +22,10 @@ void thread_main() {
   if (--thread.cta->live == 0) {
     for (const Copy& copy : machine.copies) {
       if (copy.cta == thread.cta) fail("the CTA ends while a copy from line %d is in flight", copy.place.line);
+    }
+    for (int i = 0; i < 16; ++i) {
+      const NamedBarrier& barrier = thread.cta->named[i];
+      if (barrier.arrived != 0) fail("the CTA ends with %d of %d threads at barrier %d", barrier.arrived, barrier.expected, i);
     }
   }
   park();
@@ -50,12 +55,19 @@ std::unique_ptr<Cta> make_cta(unsigned index, const Launch& launch, char* stacks
   cta->free_registers = kRegisterFile - registers * static_cast<int>(launch.threads);
   cta->live = launch.threads;
   cta->warps.resize(launch.threads / 32);
+  cta->units.resize(launch.shared_bytes / 16 + 1);
+  const size_t copies = launch.threads + 2 * cta->warps.size(), agents = copies + kCopyAgents;
+  for (size_t agent = copies; agent < agents; ++agent) cta->free_copy_agents.push_back(agent);
+  cta->copy_epochs.resize(agents);
   for (unsigned i = 0; i < launch.threads; ++i) {
     machine.threads.push_back(std::make_unique<Thread>());
     Thread& thread = *machine.threads.back();
     thread.cta = cta.get();
     thread.warp = &cta->warps[i / 32];
     thread.index = i;
+    thread.clock.own.resize(agents);
+    thread.clock.own[i] = 1;
+    cta->threads.push_back(&thread);
     thread.warp->threads[i % 32] = &thread;
     start_fiber(thread.fiber, stacks + (size_t(index) * launch.threads + i) * kStackBytes, thread_main);
   }
@@ -103,6 +115,7 @@ bool run_grid(const Launch& launch, void (*kernel)(const void*), const void* arg
   machine.failed = false;
   machine.error.clear();
   machine.copies.clear();
+  forget_accesses();
   machine.watchers.clear();
   machine.ctas.clear();
   machine.threads.clear();
@@ -134,17 +147,10 @@ bool run_grid(const Launch& launch, void (*kernel)(const void*), const void* arg
 
 }  // namespace emulator
 
-// For ctypes: how the next runs go. `fault` is "file:line" of an operation to leave out, "!file:line" of a wait whose
-// parity to invert, or empty.
-extern "C" void emulator_configure(uint64_t seed, int multiprocessors, const emulator::Region* regions, int count,
-                                   const char* fault) {
+// For ctypes: how the next runs go.
+extern "C" void emulator_configure(uint64_t seed, int multiprocessors, const emulator::Region* regions, int count) {
   emulator::Options& options = emulator::machine.options;
   options.seed = seed;
   options.multiprocessors = multiprocessors;
   options.regions.assign(regions, regions + count);
-  options.fault_inverts = fault[0] == '!';
-  const std::string place = fault + options.fault_inverts;
-  const size_t colon = place.find(':');
-  options.fault_file = place.substr(0, colon);
-  options.fault_line = colon == std::string::npos ? 0 : std::stoi(place.substr(colon + 1));
 }

@@ -13,6 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "clocks.h"
 #include "fiber.h"
 #include "interface.h"
 #include "tensor_map.h"
@@ -22,6 +23,7 @@ namespace emulator {
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr uint32_t kMostShared = 232448;  // bytes a CTA can ask for
 constexpr int kRegisterFile = 65536;
+constexpr int kCopyAgents = 64;  // copies that a CTA may have in flight
 
 struct Cta;
 struct Warp;
@@ -38,6 +40,8 @@ struct Thread {
   const uint32_t* polled = nullptr;         // load_acquire that would read the same again
   uint32_t polled_value = 0;
   std::vector<uint32_t> unfenced;           // shared words written since its last proxy fence
+  Clock clock;
+  uint64_t acquired = 0;  // how often it has learned from others
   int lane() const { return index & 31; }
 };
 
@@ -53,6 +57,8 @@ struct PendingProduct {
   const uint32_t* a_registers[32];
   std::shared_ptr<Accumulators> target;
   uint64_t group;
+  uint32_t epoch;
+  std::shared_ptr<const Clock> clock;  // what the warp knew when it was issued
   bool executed;
   Place place;
 };
@@ -67,23 +73,31 @@ struct Warp {
   const char* collective = nullptr;
   Place collective_place = {"", 0};
   void* arguments[32];
+  uint32_t gatherings = 1;
   // Warpgroup instructions.
   int registers;  // of a thread
   int register_changes = 0;
   uint64_t products_issued = 0, open_group = 0;
   bool fenced = false;
+  uint32_t product_epoch = 0;
+  std::shared_ptr<const Clock> known;  // what its lanes know together,
+  uint64_t known_as_of = 0;            // and when that was (wgmma.cc)
   std::deque<PendingProduct> products;
 };
 
 struct MBarrier {
   uint32_t arrivals, pending;
-  int64_t bytes = 0;  // expected and not yet there
+  int64_t bytes = 0;      // expected and not yet there
+  int64_t unasked = 0;    // expected, and no copy asked for them yet
   uint32_t phase = 0;
-  std::vector<Thread*> waiting;
+  Access initialised = {};
+  Clock arriving = {}, arrived = {};  // what those knew who arrived in this phase; in completed ones
+  std::vector<Thread*> waiting = {};
 };
 
 struct NamedBarrier {
   int expected = 0, arrived = 0;
+  Clock clock = {};
   std::vector<Warp*> waiting;
 };
 
@@ -93,8 +107,22 @@ struct Copy {
   const char* source;  // of bytes in a row, or nullptr and
   TensorMap map;       // where a box begins
   int at[3];
+  uint16_t agent;
+  uint32_t epoch;
+  std::shared_ptr<const Clock> clock;  // what the thread knew that asked for it
   int thread;
   Place place;
+};
+
+// Last accesses to 16 bytes of shared memory.
+struct Unit {
+  struct Read {
+    Access access;
+    uint32_t gathering;  // of a thread: how often its warp had gathered
+    uint8_t words;       // bit i: word i
+  };
+  Access writes[4];
+  std::vector<Read> reads;
 };
 
 struct Cta {
@@ -106,6 +134,9 @@ struct Cta {
   std::unordered_map<uint32_t, MBarrier> mbarriers;
   NamedBarrier named[16];
   std::vector<uint16_t> unfenced;  // for each word: 1 + thread that wrote it and ran no proxy fence since
+  std::vector<Unit> units;
+  std::vector<uint16_t> free_copy_agents;
+  Epochs copy_epochs;
   int free_registers;
   int live;
 };
@@ -128,9 +159,7 @@ struct Options {
   uint64_t seed = 0;
   int multiprocessors = 8;
   std::vector<Region> regions;
-  std::string fault_file;  // at this line the operation is left out, or its parity inverted
-  int fault_line = 0;
-  bool fault_inverts = false;
+  std::vector<std::pair<std::string, std::string>> allowed_races;  // file that reads, file that writes
 };
 
 // Who asked for the asynchronous work that is being done.
@@ -172,9 +201,13 @@ void make_ready(Warp& warp, uint32_t lanes);
 void wait_until(Warp& warp, uint32_t lanes, std::function<bool()> ready);  // readies them; then park()
 void run_until_done();
 
-// Notes what the current thread does, gives others a chance, and returns it; says whether a fault drops it.
+// Notes what the current thread does, gives others a chance, and returns it.
 Thread& enter(const char* doing, Place place);
-bool dropped(Place place, bool inverting = false);
+
+// faults.cc: whether the synchronisation at this place is to be left out, or its parity inverted.
+bool dropped(const char* operation, Place place);
+bool inverted(Place place);
+const char* file_name(Place place);  // without folders
 
 // Ends the launch with this text, after kernel, CTA, warp, lane and place of the current thread or blame.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -186,16 +219,17 @@ void collective(const char* name, Place place, void* argument, bool (*action)(Wa
 void execute_copy(size_t index);
 void execute_product(Warp& warp);
 bool products_waiting(const Warp& warp);
+void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes);
 void complete_copy(const Copy& copy);
 
 // memory.cc
 void map_shared(Cta& cta);
 char* shared_memory_of(unsigned cta);
 void* shared_at(Cta& cta, uint32_t address, uint32_t bytes, uint32_t alignment);  // checked
-void read_by_async_proxy(Cta& cta, uint32_t address, uint32_t bytes);              // checked
+void touched_by_async_proxy(Cta& cta, Place place, uint32_t address, uint32_t bytes);  // checked
 void wrote_shared(Thread& thread, uint32_t address, uint32_t bytes);
 void plain_access(const void* pointer, uint32_t bytes, bool write);
-void check_global(const void* pointer, uint64_t bytes, uint32_t alignment, bool write);
+const Region& check_global(const void* pointer, uint64_t bytes, uint32_t alignment, bool write);
 
 }  // namespace emulator
 

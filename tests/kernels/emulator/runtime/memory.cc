@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "machine.h"
+#include "races.h"
 
 // The kernels declare both as extern __shared__: dynamic shared memory begins there. Only the CTA that runs is mapped.
 namespace mla_hopper {
@@ -80,6 +80,7 @@ void* shared_at(Cta& cta, uint32_t address, uint32_t bytes, uint32_t alignment) 
 // PTX ISA, "Async proxy": what ordinary stores wrote is there for tensor cores and copy engine after the writing
 // thread's fence.proxy.async.
 void wrote_shared(Thread& thread, uint32_t address, uint32_t bytes) {
+  thread_writes(thread, address, bytes);
   uint16_t* words = thread.cta->unfenced.data();
   const uint32_t first = (address - machine.shared_base) / 4, last = (address - machine.shared_base + bytes - 1) / 4;
   for (uint32_t word = first; word <= last; ++word) {
@@ -90,7 +91,7 @@ void wrote_shared(Thread& thread, uint32_t address, uint32_t bytes) {
 }
 
 void fence_async_proxy(Place place) {
-  if (dropped(place)) return;
+  if (dropped("fence_async_proxy", place)) return;
   Thread& thread = enter("fence_async_proxy", place);
   for (const uint32_t word : thread.unfenced) {
     if (thread.cta->unfenced[word] == thread.index + 1) thread.cta->unfenced[word] = 0;
@@ -98,24 +99,24 @@ void fence_async_proxy(Place place) {
   thread.unfenced.clear();
 }
 
-void read_by_async_proxy(Cta& cta, uint32_t address, uint32_t bytes) {
+void touched_by_async_proxy(Cta& cta, Place place, uint32_t address, uint32_t bytes) {
   const uint32_t first = (address - machine.shared_base) / 4;
   for (uint32_t word = first; word < first + bytes / 4; ++word) {
-    if (cta.unfenced[word] != 0) {
+    if (cta.unfenced[word] != 0 && !race_is_allowed(place, last_writer(cta, word))) {
       fail("tensor cores or copy engine touch shared address 0x%x, which thread %d wrote without fence.proxy.async since",
            machine.shared_base + 4 * word, cta.unfenced[word] - 1);
     }
   }
 }
 
-void check_global(const void* pointer, uint64_t bytes, uint32_t alignment, bool write) {
+const Region& check_global(const void* pointer, uint64_t bytes, uint32_t alignment, bool write) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
   const Region* nearest = nullptr;
   for (const Region& region : machine.options.regions) {
     if (at >= region.begin && at + bytes <= region.begin + region.bytes) {
       if (at % alignment != 0) fail("%s + %lld is not aligned to %u bytes", region.name, static_cast<long long>(at - region.begin), alignment);
       if (write && !region.writable) fail("writes to %s + %lld", region.name, static_cast<long long>(at - region.begin));
-      return;
+      return region;
     }
     if (at >= region.begin && (nearest == nullptr || region.begin > nearest->begin)) nearest = &region;
   }
@@ -133,17 +134,21 @@ void plain_access(const void* pointer, uint32_t bytes, bool write) {
   if (offset < kSharedStride) {
     const uint32_t address = machine.shared_base + offset;
     shared_at(*thread->cta, address, bytes, bytes);
-    if (write) wrote_shared(*thread, address, bytes);
+    write ? wrote_shared(*thread, address, bytes) : thread_reads(*thread, address, bytes);
     return;
   }
   if (!write && at - machine.host_stack < 65536) return;  // a kernel's parameters
   if (!write && at - reinterpret_cast<uintptr_t>(&__ehdr_start) < uintptr_t(&_end - &__ehdr_start)) return;  // constants
-  check_global(pointer, bytes, bytes, write);
+  const Region& region = check_global(pointer, bytes, bytes, write);
+  if (!region.writable) return;
+  write ? thread_writes_global(*thread, region, at - region.begin, bytes)
+        : thread_reads_global(*thread, region, at - region.begin, bytes);
 }
 
 void load_shared(void* destination, uint32_t address, uint32_t bytes, Place place) {
   Thread& thread = enter("load_shared", place);
   memcpy(destination, shared_at(*thread.cta, address, bytes, bytes), bytes);
+  thread_reads(thread, address, bytes);
 }
 
 void store_shared(uint32_t address, const void* source, uint32_t bytes, Place place) {
@@ -160,15 +165,17 @@ uint32_t load_acquire(const uint32_t* address, Place place) {
     wait_until(*thread.warp, 1u << thread.lane(), [&thread] { return *thread.polled != thread.polled_value; });
     park();
   }
+  acquire_global(thread, address);
   thread.polled = address;
   return thread.polled_value = *address;
 }
 
 uint32_t atomic_add(uint32_t* address, uint32_t value, bool release, Place place) {
-  enter(release ? "add_release" : "atomicAdd", place);
+  Thread& thread = enter(release ? "add_release" : "atomicAdd", place);
   check_global(address, 4, 4, true);
   const uint32_t before = *address;
   *address += value;
+  if (release) release_global(thread, address);
   return before;
 }
 

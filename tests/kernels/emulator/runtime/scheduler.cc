@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "machine.h"
+#include "races.h"
 
 namespace emulator {
 
@@ -16,11 +16,6 @@ namespace {
 struct Failed {};
 
 void to_scheduler(Thread& thread) { switch_fiber(thread.fiber, machine.scheduler); }
-
-const char* file_name(Place place) {
-  const char* slash = strrchr(place.file, '/');
-  return slash ? slash + 1 : place.file;
-}
 
 bool wake_watchers() {
   bool any = false;
@@ -157,15 +152,11 @@ void wait_until(Warp& warp, uint32_t lanes, std::function<bool()> ready) {
 
 Thread& enter(const char* doing, Place place) {
   Thread& thread = *machine.current;
+  check_rewrites(thread);
   thread.doing = doing;
   thread.place = place;
   if (machine.one_in(machine.yield_rate)) to_scheduler(thread);  // still ready
   return thread;
-}
-
-bool dropped(Place place, bool inverting) {
-  const Options& options = machine.options;
-  return options.fault_line == place.line && options.fault_inverts == inverting && options.fault_file == file_name(place);
 }
 
 void fail(const char* format, ...) {

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "elements.h"
-#include "machine.h"
+#include "races.h"
 
 namespace emulator {
 namespace {
@@ -24,43 +24,45 @@ struct Descriptor {
 };
 
 // 16 bytes, 8 elements, of a swizzled matrix.
-const uint16_t* unit(Cta& cta, uint32_t address) {
+const uint16_t* unit(Warp& warp, const PendingProduct& pending, uint32_t address) {
+  Cta& cta = *warp.cta;
   address ^= address >> 3 & 0x70;
   const void* pointer = shared_at(cta, address, 16, 16);
-  read_by_async_proxy(cta, address, 16);
+  tensor_core_reads(cta, tensor_core(warp), pending.epoch, *pending.clock, pending.place, address);
+  touched_by_async_proxy(cta, pending.place, address, 16);
   return static_cast<const uint16_t*>(pointer);
 }
 
 template <Element kElement>
-void load_k_major(Cta& cta, const Descriptor& matrix, uint32_t row, float (&k)[16]) {
+void load_k_major(Warp& warp, const PendingProduct& pending, const Descriptor& matrix, uint32_t row, float (&k)[16]) {
   for (int half = 0; half < 2; ++half) {
-    const uint16_t* elements = unit(cta, matrix.address + row / 8 * matrix.stride + row % 8 * 128 + 16 * half);
+    const uint16_t* elements = unit(warp, pending, matrix.address + row / 8 * matrix.stride + row % 8 * 128 + 16 * half);
     for (int i = 0; i < 8; ++i) k[8 * half + i] = element_to_float<kElement>(elements[i]);
   }
 }
 
 template <Element kElement, int kColumns>
 void multiply(Warp& warp, const PendingProduct& pending) {
-  Cta& cta = *warp.cta;
   const WarpgroupProduct& product = pending.product;
   float a[16][16];
   if (product.a_registers != nullptr) {
     for (int lane = 0; lane < 32; ++lane) fill_a_rows(kElement, a, lane, pending.a_registers[lane]);
   } else {
     const Descriptor matrix(product.a);
-    for (int row = 0; row < 16; ++row) load_k_major<kElement>(cta, matrix, 16 * (warp.index & 3) + row, a[row]);
+    for (int row = 0; row < 16; ++row) load_k_major<kElement>(warp, pending, matrix, 16 * (warp.index & 3) + row, a[row]);
   }
   float b[16][kColumns];
   const Descriptor matrix(product.b);
   for (int i = 0; i < kColumns; i += product.b_mn_major ? 8 : 1) {
     if (!product.b_mn_major) {
       float column[16];
-      load_k_major<kElement>(cta, matrix, i, column);
+      load_k_major<kElement>(warp, pending, matrix, i, column);
       for (int k = 0; k < 16; ++k) b[k][i] = column[k];
       continue;
     }
     for (int k = 0; k < 16; ++k) {
-      const uint16_t* elements = unit(cta, matrix.address + i / 64 * matrix.leading + k / 8 * matrix.stride + k % 8 * 128 + i % 64 * 2);
+      const uint32_t row = matrix.address + i / 64 * matrix.leading + k / 8 * matrix.stride + k % 8 * 128;
+      const uint16_t* elements = unit(warp, pending, row + i % 64 * 2);
       for (int j = 0; j < 8; ++j) b[k][i + j] = element_to_float<kElement>(elements[j]);
     }
   }
@@ -94,9 +96,23 @@ std::shared_ptr<Accumulators> in_flight(const Warp& warp, const float* registers
   return nullptr;
 }
 
+// What the lanes know together; computed again only when that has changed.
+std::shared_ptr<const Clock> known(Warp& warp) {
+  uint64_t state = 0;  // grows with every change
+  for (const Thread* thread : warp.threads) state += thread->acquired + thread->clock.own[thread->index];
+  if (warp.known_as_of != state) {
+    auto clock = std::make_shared<Clock>();
+    for (const Thread* thread : warp.threads) clock->join_with(thread->clock);
+    warp.known = clock;
+    warp.known_as_of = state;
+  }
+  return warp.known;
+}
+
 bool issue(Warp& warp, void* const* arguments) {
   const auto& first = *static_cast<const WarpgroupProduct*>(arguments[0]);
-  PendingProduct pending = {first, {}, in_flight(warp, first.accumulators), warp.open_group, false, warp.collective_place};
+  PendingProduct pending = {first, {}, in_flight(warp, first.accumulators), warp.open_group, ++warp.product_epoch, known(warp),
+                            false, warp.collective_place};
   for (int lane = 1; lane < 32; ++lane) {
     const auto& other = *static_cast<const WarpgroupProduct*>(arguments[lane]);
     if (other.a != first.a || other.b != first.b || other.accumulate != first.accumulate) {
@@ -154,6 +170,7 @@ bool wait(Warp& warp, void* const* arguments) {
     PendingProduct done = warp.products.front();
     if (!done.executed) execute(warp, done);
     warp.products.pop_front();
+    for (Thread* thread : warp.threads) thread->clock.own[tensor_core(warp)] = done.epoch;
     if (in_flight(warp, done.target->registers[0]) != nullptr) continue;
     for_registers(*done.target, [](float& value, float& element) {
       if (memcmp(&value, &kInFlight, 4) != 0) fail("an accumulator was written while wgmma was adding to it");
@@ -182,15 +199,15 @@ void wgmma(const WarpgroupProduct& product, Place place) {
 }
 
 void wgmma_fence(Place place) {
-  if (!dropped(place)) collective("wgmma_fence", place, nullptr, fence);
+  if (!dropped("wgmma_fence", place)) collective("wgmma_fence", place, nullptr, fence);
 }
 
 void wgmma_commit(Place place) {
-  if (!dropped(place)) collective("wgmma_commit", place, nullptr, commit);
+  if (!dropped("wgmma_commit", place)) collective("wgmma_commit", place, nullptr, commit);
 }
 
 void wgmma_wait(int pending, Place place) {
-  if (!dropped(place)) collective("wgmma_wait", place, &pending, wait);
+  if (!dropped("wgmma_wait", place)) collective("wgmma_wait", place, &pending, wait);
 }
 
 }  // namespace emulator
