@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from steps import aws, model_package
 from steps.job import StepError
@@ -54,24 +54,19 @@ def trace(start: str) -> Chain:
     """
     chain = Chain()
     if start.startswith("arn:") and ":model-package/" in start:
-        package: model_package.ModelPackage | None = _package(start)
-        registry = _registry(chain)
-        uri = _uri_of(package) if package else None
+        package = _package(start)
+        tags = _mlflow_side(chain, package)
     else:
-        registry = connect()
         uri = parse_model_uri(start)
-        package = None
-    tags: dict[str, str] = {}
-    if registry and uri:
-        tags = _mlflow_links(chain, registry, uri)
-    elif package:
-        _mlflow_links_from_package(chain, package)
-    if package is None:
-        arn = tags.get("model_package_arn", "")
-        if not arn:
+        tags = _mlflow_links(chain, connect(), uri)
+        if not (arn := tags.get("model_package_arn")):
             chain.notes.append("not released: no model package is recorded on this version")
             return chain
-        package = _package(arn)
+        try:
+            package = _package(arn)
+        except StepError as error:  # deleted, or of an account that this one may not look into
+            chain.notes.append(str(error))
+            return chain
     _package_links(chain, package)
     _compare(chain, package, tags)
     chain.links += _endpoint_links(package)
@@ -84,12 +79,17 @@ def _package(arn: str) -> model_package.ModelPackage:
     return model_package.describe(aws.client("sagemaker"), arn)
 
 
-def _registry(chain: Chain) -> Registry | None:
-    """The MLflow side when it is configured; the chain is told from the package alone when it is not."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        chain.notes.append("MLFLOW_TRACKING_URI is not set: the MLflow side is told from the package alone")
-        return None
-    return connect()
+def _mlflow_side(chain: Chain, package: model_package.ModelPackage) -> dict[str, str]:
+    """Add MLflow's side as MLflow tells it, else as the package does; returns the version's tags."""
+    uri, reason = _uri_of(package), "MLFLOW_TRACKING_URI is not set"
+    if uri and os.environ.get("MLFLOW_TRACKING_URI"):
+        try:
+            return _mlflow_links(chain, connect(), uri)
+        except StepError as error:
+            reason = str(error)
+    chain.notes.append(f"the MLflow side is told from the package alone: {reason}")
+    _mlflow_links_from_package(chain, package)
+    return {}
 
 
 def _uri_of(package: model_package.ModelPackage) -> ModelUri | None:
@@ -104,6 +104,8 @@ def _uri_of(package: model_package.ModelPackage) -> ModelUri | None:
 def _mlflow_links(chain: Chain, registry: Registry, uri: ModelUri) -> dict[str, str]:
     """Add run and model version. Returns the version's tags, or the run's, without their prefix."""
     model = resolve(registry, uri)
+    with explained(registry, f"ModelUri '{uri.text}'"):
+        found = registry.client.get_model_version(model.name, model.version) if model.version else None
     run_tags: dict[str, str] = {}
     if model.run_id:
         try:
@@ -123,8 +125,7 @@ def _mlflow_links(chain: Chain, registry: Registry, uri: ModelUri) -> dict[str, 
             chain.links.append(Link("training run", model.run_id, facts))
         except StepError as error:
             chain.notes.append(str(error))
-    if model.version:
-        found = registry.client.get_model_version(model.name, model.version)
+    if found:
         facts = {"registry": registry.registry_uri, "aliases": list(found.aliases), "source": model.source}
         chain.links.append(Link("model version", f"{model.name}/{model.version}", facts))
     prefix = registry.tag_key("mla.") if model.version else "mla."
@@ -248,7 +249,8 @@ def _serves(sagemaker: Any, model: str, package: model_package.ModelPackage) -> 
 
 
 def _statistics_uri(arn: str) -> str:
-    answer = aws.client("sagemaker").describe_model_package(ModelPackageName=arn)
+    with aws.explained(f"Reading model package {arn}"):
+        answer = aws.client("sagemaker").describe_model_package(ModelPackageName=arn)
     return answer.get("ModelMetrics", {}).get("ModelQuality", {}).get("Statistics", {}).get("S3Uri", "")
 
 
@@ -256,7 +258,7 @@ def _read_json(chain: Chain, uri: str) -> dict[str, Any] | None:
     bucket, key = aws.split_s3_uri(uri)
     try:
         return json.loads(aws.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read())
-    except (ClientError, ValueError) as error:
+    except (BotoCoreError, ClientError, ValueError) as error:
         chain.notes.append(f"cannot read {uri}: {error}")
         return None
 

@@ -178,6 +178,35 @@ def test_without_mlflow_the_package_tells_it(environment, account: Account, vers
     assert "MLFLOW_TRACKING_URI" in found.notes[0]
 
 
+def test_a_version_that_is_gone_is_told_by_the_package(
+    environment, account: Account, client, version, capsys
+) -> None:
+    arn = account.register(version.name, version.version, version.run_id)
+    client.delete_registered_model(version.name)
+    assert chain.main([arn]) == 0
+    out = capsys.readouterr().out
+    assert f"model version: {version.name}/{version.version}" in out
+    assert "told from the package alone" in out
+    assert "does not exist" in out
+
+
+def test_a_package_that_is_gone_is_noted(environment, client, version, capsys) -> None:
+    arn = f"arn:aws:sagemaker:{REGION}:123456789012:model-package/deleted/1"
+    record(client, version, arn)
+    assert chain.main([f"models:/{version.name}/{version.version}"]) == 0
+    out = capsys.readouterr().out
+    assert f"training run: {version.run_id}" in out
+    assert f"note: Reading model package {arn} failed" in out
+
+
+def test_an_mlflow_that_does_not_answer(environment, account: Account, version, monkeypatch) -> None:
+    arn = account.register(version.name, version.version, version.run_id)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    found = chain.trace(arn)
+    assert [link.what for link in found.links[:2]] == ["training run", "model version"]
+    assert "No answer from the MLflow registry" in found.notes[0]
+
+
 def test_a_package_that_does_not_exist(environment, capsys) -> None:
     arn = f"arn:aws:sagemaker:{REGION}:123456789012:model-package/absent/1"
     with pytest.raises(StepError, match="absent"):
