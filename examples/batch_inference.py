@@ -35,21 +35,40 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     source.add_argument("--input", type=Path, help="CSV with a column prompt, or text with a prompt a line")
     parser.add_argument("--output", type=Path, help="JSON lines; default standard output")
-    parser.add_argument("--batch", type=int, default=64, help="prompts a call")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--batch", type=positive, default=64, help="prompts a call")
+    parser.add_argument("--max-new-tokens", type=positive, default=32)
     parser.add_argument("--temperature", type=float, default=0.0)
     return parser.parse_args(arguments)
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
 def read_prompts(path: Path) -> list[str]:
-    """The column "prompt" of a CSV file, or the lines of any other file."""
-    with path.open(newline="", encoding="utf-8") as stream:
-        if path.suffix != ".csv":
-            return [line.rstrip("\n") for line in stream if line.strip()]
-        rows = csv.DictReader(stream)
-        if "prompt" not in (rows.fieldnames or []):
-            raise SystemExit(f"{path} has the columns {rows.fieldnames}; expected one named prompt")
-        return [row["prompt"] for row in rows]
+    """The column "prompt" of a CSV file, or the lines of any other file that are not blank; both UTF-8.
+
+    Ends the program with the row's number where a CSV row has no prompt.
+    """
+    table = path.suffix.lower() == ".csv"
+    try:
+        # utf-8-sig: Excel puts a byte order mark before the first column's name
+        with path.open(newline="" if table else None, encoding="utf-8-sig") as stream:
+            if not table:
+                return [line.rstrip("\n") for line in stream if line.strip()]
+            csv.field_size_limit(sys.maxsize)  # 128 KiB else: a prompt may be a document
+            rows = csv.DictReader(stream)
+            if "prompt" not in (rows.fieldnames or []):
+                raise SystemExit(f"{path} has the columns {rows.fieldnames}; expected one named prompt")
+            prompts = [row["prompt"] for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"cannot read {path}: {error}") from None
+    if None in prompts:
+        raise SystemExit(f"{path}: row {prompts.index(None) + 1} has no prompt")
+    return prompts
 
 
 def complete(model: Any, prompts: list[str], batch: int, params: dict[str, Any]) -> Iterator[dict[str, str]]:
