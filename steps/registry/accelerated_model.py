@@ -53,13 +53,22 @@ class AcceleratedModel(PythonModel):
 
 
 def prompts(model_input: Any) -> list[str]:
-    """The texts of a data frame, a dictionary, a list, or a single text."""
+    """The texts of a data frame, a dictionary, a list, or a single text.
+
+    Raises:
+        ValueError: naming the row that holds none, as a table's null or an empty cell does.
+    """
     if isinstance(model_input, str):
-        return [model_input]
-    if isinstance(model_input, list):
-        return [row["prompt"] if isinstance(row, dict) else row for row in model_input]
-    column = model_input["prompt"] if "prompt" in model_input else model_input[next(iter(model_input))]
-    return [column] if isinstance(column, str) else list(column)
+        column: Any = [model_input]
+    elif isinstance(model_input, list):
+        column = [row["prompt"] if isinstance(row, dict) else row for row in model_input]
+    else:
+        column = model_input["prompt"] if "prompt" in model_input else model_input[next(iter(model_input))]
+    texts = [column] if isinstance(column, str) else list(column)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"row {row} holds {text!r} where a prompt of at least one character belongs")
+    return texts
 
 
 def weights(config: dict[str, Any]) -> Path:

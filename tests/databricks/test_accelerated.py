@@ -210,6 +210,19 @@ def test_the_signature_is_the_accelerated_models_own(released: dict, tmp_path: P
     assert model.metadata["mla_weights"] == f"models:/weights/{released['version']}", "an alias moves"
 
 
+def test_the_row_without_a_prompt_is_named() -> None:
+    import pandas as pd
+
+    from steps.registry.accelerated_model import prompts
+
+    for table in (pd.DataFrame({"prompt": ["a", "b"]}), {"text": ["a", "b"]}, ["a", {"prompt": "b"}]):
+        assert prompts(table) == ["a", "b"]
+    assert prompts("a") == prompts({"prompt": "a"}) == ["a"]
+    for bad in (None, "", float("nan"), 3):
+        with pytest.raises(ValueError, match="row 1 holds"):
+            prompts(pd.DataFrame({"prompt": ["a", bad]}))
+
+
 def test_the_weights_come_once_a_machine(root: Path, released: dict, tmp_path: Path, monkeypatch) -> None:
     """Spark starts a worker a core, all at once."""
     from steps.registry import accelerated_model
