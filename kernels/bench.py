@@ -15,23 +15,23 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels.arguments import Problem
-from kernels.backends import Backend, available_backends, get_backend
+from kernels.backends import Backend, BackendError, available_backends, get_backend
+from kernels.bench_options import HEADS, WORKLOAD, parse
 from kernels.machine import device_name
 from kernels.reference import compiled_absorbed, mla_decode_absorbed
+from kernels.targets import BuildError
 from kernels.timing import Timing, interleaved, one_call_us
-from kernels.versus import RESULTS, against_peers
+from kernels.versus import against_peers
 from kernels.workloads import Case, Inputs, make_inputs, parse_workload
 
 BASELINES = ("torch", "torch.compile")
 COLD_BYTES = 128 << 20  # more than the last-level cache of common servers and GPUs
 MAX_COPIES = 128
-WORKLOAD, HEADS = "interactive", "4,16,64,128"
 
 
 @dataclass(frozen=True)
@@ -183,17 +183,22 @@ def table(measurements: Sequence[Measurement]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m kernels.bench [--workload interactive] [--heads 4,16,128] [--out FILE]`, or `--peers`."""
-    options = parse(arguments)
+    options = parse(arguments, __doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        if options.peers:
-            return against_peers(options, HEADS)
-        cases = parse_workload(options.workload or WORKLOAD)
-    except ValueError as error:
+        return against_peers(options, HEADS) if options.peers else beside_torch(options)
+    except (BackendError, BuildError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device = torch.device(options.device)
+
+
+def beside_torch(options: argparse.Namespace) -> int:
+    """Measure the chosen backends on the workload, print the table, write --out.
+
+    Returns 1 when a backend asked for could not run, else 0; raises as `get_backend` and `parse_workload`.
+    """
+    cases, device = parse_workload(options.workload or WORKLOAD), options.device
     names = [name for name in options.backends.split(",") if name]
     if names:
         backends = {name: get_backend(name, options.kernel_dir) for name in names}
@@ -204,9 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kv_dtype = torch.uint8 if kv_name == "fp8_ds_mla" else getattr(torch, kv_name)
     limit = read_limit_gbps(device)
     results: list[Measurement] = []
+    q_dtype = getattr(torch, options.dtype)
     for h_q in map(int, (options.heads or HEADS).split(",")):
         results += measure(
-            backends, cases, h_q=h_q, q_dtype=getattr(torch, options.dtype), kv_dtype=kv_dtype, device=device,
+            backends, cases, h_q=h_q, q_dtype=q_dtype, kv_dtype=kv_dtype, device=device,
             seconds_per_case=options.seconds, limit_gbps=limit, compile_baseline=options.compile,
         )  # fmt: skip
     print("# The decode operator beside torch\n")
@@ -217,60 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = {"device": str(device), "threads": torch.get_num_threads(), "limit_gbps": limit,
                   "measurements": [dataclasses.asdict(m) for m in results]}  # fmt: skip
         options.out.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--workload", help=f"preset or batch x length [x queries], ...; default: {WORKLOAD}")
-    add("--heads", help=f"query heads, comma separated; default: {HEADS}")
-    add("--backends", default="", help="names, comma separated; default: all that can be had here")
-    add("--kernel-dir", type=Path, help="kernel artifact; default: build into the cache")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    add("--kv-dtype", choices=["bfloat16", "float16", "float32", "fp8_ds_mla"], help="default: --dtype")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=1.0, help="time for each case")
-    add("--threads", type=int, help="torch threads, which the cpu target uses too")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="time torch.compile's baseline too",
-    )
-    add("--out", type=Path, help="write the measurements as JSON")
-    add = parser.add_argument_group("--peers").add_argument
-    add("--peers", action="store_true", help="the hopper target beside FlashMLA and FlashAttention-3")
-    add(
-        "--cases",
-        help='parts of names of the grid\'s cases, comma separated, such as "b4 s8192 q1 h16"; or markers',
-    )
-    add(
-        "--library",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="a compiled library instead; repeatable",
-    )
-    add("--rounds", type=int, default=21, help="replays of every graph")
-    add(
-        "--pool-gib",
-        type=float,
-        default=16.0,
-        help="GiB of the one cache that all cases take their pages from, more if a case needs it; "
-        "default: %(default)s",
-    )
-    add(
-        "--results",
-        type=Path,
-        help=f"where to write the page; default: {RESULTS.name}, if all of it was measured",
-    )
-    return parser.parse_args(arguments)
+    left_out = backends.keys() - {m.backend for m in results}
+    for name in left_out:
+        reason = backends[name].unsupported(Problem(device.type, q_dtype, kv_dtype, 1, 1, 16, 512, 64, 64))
+        print(f"{name} was not measured: {reason or 'it takes none of these cases'}", file=sys.stderr)
+    return int(bool(left_out) and bool(names))
 
 
 if __name__ == "__main__":

@@ -44,15 +44,14 @@ def against_peers(options: argparse.Namespace, heads: str) -> int:
         cases = shapes(options.workload, options.heads or heads, options.kv_dtype == "fp8_ds_mla")
     else:
         cases = select(full_grid(), options.cases) if options.cases else full_grid()
-    libraries = dict(text.split("=", 1) for text in options.library)
-    ours: dict[str, Backend] = {name: library_backend(Path(path)) for name, path in libraries.items()}
+    ours: dict[str, Backend] = {name: library_backend(path) for name, path in options.library}
     ours = ours or {"hopper": get_backend("hopper", options.kernel_dir)}
     reasons = {name: peers.unavailable(name) for name in peers.PEERS}
     names = [name for name, reason in reasons.items() if reason is None]
     for name, reason in reasons.items():
         if reason:
             print(f"{name} is not measured: {reason}", file=sys.stderr)
-    partial = options.cases or options.workload or libraries or any(reasons.values())
+    partial = options.cases or options.workload or options.library or any(reasons.values())
     device = torch.device("cuda", torch.cuda.current_device())
     return measure(options, ours, names, cases, device, whole=not partial)
 

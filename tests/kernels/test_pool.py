@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Backend, bench, get_backend, versus
+from kernels import Backend, get_backend, versus
+from kernels.bench_options import parse
 from kernels.checks import compare as check
 from kernels.grid import GridCase
 from kernels.peers import PEERS, Peer, Run, gathered
@@ -162,7 +163,7 @@ def test_the_command_writes_what_was_measured_before_an_error(
     monkeypatch.setitem(PEERS, "fa3", stand_in("FlashAttention-3", broken_on_ragged))
     page, out = tmp_path / "page.md", tmp_path / "rows.json"
     arguments = ["--peers", "--rounds", "3", "--pool-gib", "0.01", "--results", str(page), "--out", str(out)]
-    options = bench.parse(arguments)
+    options = parse(arguments, None)
     assert versus.measure(options, {"hopper": cpu}, ["fa3"], [SMALL], CPU, whole=True) == 0
     assert [row["case"]["label"] for row in json.loads(out.read_text())] == ["small"]
     assert "| small | 1 | 4 |" in page.read_text()

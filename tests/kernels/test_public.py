@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,37 @@ def test_measure_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert main([*arguments, "--device", "cpu", "--out", str(file)]) == 0
     assert "geometric mean" in capsys.readouterr().out
     assert json.loads(file.read_text())["measurements"][0]["backend"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--heads", "0"], "'0' is no list of head counts"),
+        (["--heads", "4,"], "'4,' is no list of head counts"),
+        (["--threads", "0"], "'0' is no positive number"),
+        (["--device", "nope"], "'nope' cannot be used"),
+        (["--out", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--peers", "--library", "x"], "'x' is not NAME=FILE"),
+        (["--peers", "--rounds", "0"], "'0' is no positive number"),
+        (["--workload", "fast"], "'fast' is neither a preset"),
+        (["--backends", "tpu"], "unknown backend 'tpu'; known: auto, cpu"),
+        (["--kernel-dir", "/nowhere"], "/nowhere/index.json is missing"),
+    ],
+)
+def test_command_says_what_it_cannot_do_before_it_measures(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):  # argparse's end, and the command's
+        sys.exit(main(["--device", "cpu", *arguments]))
+    said = capsys.readouterr()
+    assert words in said.err
+    assert not said.out
+
+
+def test_command_says_who_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--workload", "1x64", "--heads", "4", "--seconds", "0", "--no-compile", "--device", "cpu"]
+    assert main([*arguments, "--backends", "triton,cpu", "--kv-dtype", "fp8_ds_mla"]) == 1
+    assert "triton was not measured: triton takes q and cache of one dtype" in capsys.readouterr().err
 
 
 def test_interleaved_runs_every_call_equally() -> None:
