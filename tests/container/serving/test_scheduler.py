@@ -62,6 +62,9 @@ class World:
         plan = self.scheduler.plan()
         busy = bool(self.scheduler.running or self.scheduler.waiting)
         assert bool(plan) == busy  # whoever waits, something moves
+        assert all(p.count > 0 for p in plan)  # a token needs the logits of one that ran
+        order = [s.id for s in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert order == sorted(order)  # nobody is overtaken, preempted or not
         decoding = [p for p in plan if p.count == 1]
         assert plan[: len(decoding)] == decoding  # the order that a batch wants
         assert sum(p.count for p in plan) <= max(self.scheduler.step_tokens, len(decoding))
