@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,18 @@ def is_missing(error: Any) -> bool:
             words in detail["Message"].lower() for words in ("does not exist", "could not find", "not found")
         )
     )
+
+
+def if_there(call: Callable[..., Any], **arguments: Any) -> Any:
+    """The call's answer, None when what it asks for does not exist."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return call(**arguments)
+    except ClientError as error:
+        if is_missing(error):
+            return None
+        raise
 
 
 @contextmanager

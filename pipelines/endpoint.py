@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pipelines import service
-from pipelines.aws import Aws, is_missing
+from pipelines.aws import Aws, if_there
 from pipelines.prices import Prices, per_million_tokens
 from pipelines.settings import Settings
 
@@ -130,13 +130,27 @@ def status(aws: Aws, settings: Settings, name: str) -> Status:
 
 
 def live(aws: Aws, settings: Settings, name: str) -> Served:
-    """What the endpoint serves. Raises UserError when there is no such endpoint."""
+    """What the endpoint serves. Raises UserError when there is no such endpoint.
+
+    One whose configuration or model was deleted goes on serving; then less is known of it.
+    """
     config = _describe(aws, name)["EndpointConfigName"]
-    variant = aws.sagemaker.describe_endpoint_config(EndpointConfigName=config)["ProductionVariants"][0]
-    model = aws.sagemaker.describe_model(ModelName=variant["ModelName"])
-    containers = [*model.get("Containers", ()), model.get("PrimaryContainer") or {}]
-    package = next((one["ModelPackageName"] for one in containers if one.get("ModelPackageName")), "")
-    return Served(config, variant["InstanceType"], package or _staged(aws, settings, config))
+    variant = _first_variant(aws, config)
+    package = _package_of(aws, variant["ModelName"]) if variant.get("ModelName") else ""
+    return Served(config, variant.get("InstanceType", "unknown"), package or _staged(aws, settings, config))
+
+
+def _first_variant(aws: Aws, config: str) -> dict[str, Any]:
+    """{} when the configuration is gone."""
+    described = if_there(aws.sagemaker.describe_endpoint_config, EndpointConfigName=config)
+    return described["ProductionVariants"][0] if described else {}
+
+
+def _package_of(aws: Aws, model: str) -> str:
+    """ARN of the version that the model was made of; "" for one of files, and for one that is gone."""
+    described = if_there(aws.sagemaker.describe_model, ModelName=model) or {}
+    containers = [*described.get("Containers", ()), described.get("PrimaryContainer") or {}]
+    return next((one["ModelPackageName"] for one in containers if one.get("ModelPackageName")), "")
 
 
 def _staged(aws: Aws, settings: Settings, config: str) -> str:
@@ -183,10 +197,7 @@ def _alarms(aws: Aws, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 def _deployments(aws: Aws, pipeline: str) -> Iterator[Deployment]:
     """The last executions, newest first."""
-    found = aws.sagemaker.list_pipeline_executions(
-        PipelineName=pipeline, SortBy="CreationTime", SortOrder="Descending", MaxResults=DEPLOYMENTS
-    )["PipelineExecutionSummaries"]
-    for one in found:
+    for one in service.newest(aws, pipeline, DEPLOYMENTS):
         arn = one["PipelineExecutionArn"]
         yield Deployment(
             arn.rsplit("/", 1)[-1],
@@ -221,8 +232,6 @@ def _served_throughput(aws: Aws, name: str) -> Throughput | None:
 
 def _evaluated_throughput(aws: Aws, package: str) -> Throughput | None:
     """Of this version's evaluation, None when there is none."""
-    from botocore.exceptions import ClientError
-
     if not package:
         return None
     answer = aws.sagemaker.describe_model_package(ModelPackageName=package)
@@ -230,10 +239,8 @@ def _evaluated_throughput(aws: Aws, package: str) -> Throughput | None:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not key:
         return None
-    try:
-        evaluation = json.loads(aws.s3.get_object(Bucket=bucket, Key=key)["Body"].read())
-    except ClientError as error:
-        if is_missing(error):
-            return None
-        raise
+    stored = if_there(aws.s3.get_object, Bucket=bucket, Key=key)
+    if not stored:
+        return None
+    evaluation = json.loads(stored["Body"].read())
     return Throughput(float(evaluation["model"]["tokens_per_s"]), "measured by the evaluation")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import lint, service, upsert
-from pipelines.aws import Aws, is_missing
+from pipelines.aws import Aws
 from pipelines.difference import Difference, ParameterChange, compare
 from pipelines.prices import HOURS_A_MONTH, Cost, Prices
 from pipelines.settings import Settings
@@ -157,18 +157,8 @@ def _jobs(definition: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _measured_hours(aws: Aws, pipeline: str, jobs: set[str]) -> tuple[dict[str, float], str]:
     """Hours of each job in the newest execution that ran them all, else an assumption; and which it is."""
-    from botocore.exceptions import ClientError
-
     assumed = dict.fromkeys(jobs, ASSUMED_MINUTES / 60)
-    try:
-        found = aws.sagemaker.list_pipeline_executions(
-            PipelineName=pipeline, SortBy="CreationTime", SortOrder="Descending", MaxResults=LOOK_BACK
-        )["PipelineExecutionSummaries"]
-    except ClientError as error:
-        if not is_missing(error):
-            raise
-        found = []
-    for one in found:
+    for one in service.newest(aws, pipeline, LOOK_BACK):
         if one["PipelineExecutionStatus"] == "Succeeded":
             execution = service.status(aws, one["PipelineExecutionArn"])
             seconds = {step.name: step.seconds for step in execution.steps if step.seconds is not None}

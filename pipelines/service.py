@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.aws import Aws, is_missing
+from pipelines.aws import Aws, if_there
 from pipelines.errors import UserError, choose
 from pipelines.parameters import PIPELINES, Parameter, check_values
 
@@ -110,7 +110,8 @@ def start(
 
 def stored_parameters(aws: Aws, pipeline: str) -> dict[str, Parameter]:
     """The parameters of the definition that would run now."""
-    answer = there(aws.sagemaker.describe_pipeline, _no_pipeline(aws, pipeline), PipelineName=pipeline)
+    none = UserError(f"no pipeline '{pipeline}'", aws.region, "run `mla-pipeline upsert` first")
+    answer = there(aws.sagemaker.describe_pipeline, none, PipelineName=pipeline)
     listed = json.loads(answer["PipelineDefinition"]).get("Parameters", [])
     # Forms and least values are ours: a definition cannot hold them.
     ours = {one.name: one for table in PIPELINES.values() for one in table}
@@ -182,17 +183,23 @@ def reason(execution: Execution) -> str:
 
 def latest(aws: Aws, pipeline: str) -> str:
     """ARN of the execution that started last."""
-    found = there(
+    found = newest(aws, pipeline, 1)
+    if not found:
+        fix = "run `mla-pipeline upsert`, then `mla-pipeline start`"
+        raise UserError("no execution yet", f"pipeline {pipeline}", fix)
+    return found[0]["PipelineExecutionArn"]
+
+
+def newest(aws: Aws, pipeline: str, count: int) -> list[dict[str, Any]]:
+    """Summaries of the executions that started last, newest first; none of a pipeline that is not there."""
+    answer = if_there(
         aws.sagemaker.list_pipeline_executions,
-        _no_pipeline(aws, pipeline),
         PipelineName=pipeline,
         SortBy="CreationTime",
         SortOrder="Descending",
-        MaxResults=1,
-    )["PipelineExecutionSummaries"]
-    if not found:
-        raise UserError("no execution yet", f"pipeline {pipeline}", "run `mla-pipeline start`")
-    return found[0]["PipelineExecutionArn"]
+        MaxResults=count,
+    )
+    return answer["PipelineExecutionSummaries"] if answer else []
 
 
 def started_for(aws: Aws, pipeline: str, package: str, timeout: float) -> str:
@@ -295,10 +302,6 @@ def invoke(aws: Aws, endpoint: str, prompt: str, max_tokens: int) -> dict[str, A
     return json.loads(answer["Body"].read())
 
 
-def _no_pipeline(aws: Aws, name: str) -> UserError:
-    return UserError(f"no pipeline '{name}'", aws.region, "run `mla-pipeline upsert` first")
-
-
 def no_endpoint(aws: Aws, name: str) -> UserError:
     """There is no endpoint of the name."""
     fix = "staging comes with a release, production with its approval"
@@ -307,14 +310,10 @@ def no_endpoint(aws: Aws, name: str) -> UserError:
 
 def there(call: Callable[..., Any], none: UserError, **arguments: Any) -> Any:
     """The answer; raises `none` when what is asked for does not exist."""
-    from botocore.exceptions import ClientError
-
-    try:
-        return call(**arguments)
-    except ClientError as error:
-        if is_missing(error):
-            raise none from error
-        raise
+    answer = if_there(call, **arguments)
+    if answer is None:
+        raise none
+    return answer
 
 
 def report(aws: Aws, arn: str, folder: Path) -> list[Path]:
@@ -358,22 +357,17 @@ def _step(answer: Mapping[str, Any]) -> Step:
 
 
 def _log_lines(aws: Aws, group: str, prefix: str) -> Iterator[str]:
-    from botocore.exceptions import ClientError
-
     options = {"logStreamNamePrefix": prefix} if prefix else {}
-    try:
-        streams = aws.logs.describe_log_streams(logGroupName=group, **options)["logStreams"]
-    except ClientError as error:
-        if is_missing(error):
-            raise UserError("no log yet", group, "wait until the container has started") from error
-        raise
-    for stream in streams:
+    pages = aws.logs.get_paginator("describe_log_streams").paginate(logGroupName=group, **options)
+    none = UserError("no log yet", group, "wait until the container has started")
+    for stream in there(lambda: [one for page in pages for one in page["logStreams"]], none):
         token: dict[str, str] = {}
         while True:
             page = aws.logs.get_log_events(
                 logGroupName=group, logStreamName=stream["logStreamName"], startFromHead=True, **token
             )
             yield from (event["message"].rstrip("\n") for event in page["events"])
-            if not page["events"] or page["nextForwardToken"] == token.get("nextToken"):
+            # A page may be empty although more follow; only the same token again is the end.
+            if page["nextForwardToken"] == token.get("nextToken"):
                 break
             token = {"nextToken": page["nextForwardToken"]}

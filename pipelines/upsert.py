@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipelines import lint
-from pipelines.aws import Aws, is_missing
+from pipelines.aws import Aws, if_there
 from pipelines.errors import UserError
 from pipelines.settings import Settings
 
@@ -75,26 +75,14 @@ def event_pattern(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _found(call: Callable[..., Any], **arguments: Any) -> Any:
-    """The answer, or None when the resource does not exist."""
-    from botocore.exceptions import ClientError
-
-    try:
-        return call(**arguments)
-    except ClientError as error:
-        if is_missing(error):
-            return None
-        raise
-
-
 def _require_bucket(aws: Aws, settings: Settings) -> None:
-    if _found(aws.s3.head_bucket, Bucket=settings.bucket) is None:
+    if if_there(aws.s3.head_bucket, Bucket=settings.bucket) is None:
         where = f"config/{settings.environment}.yaml, bucket"
         raise UserError(f"bucket '{settings.bucket}' does not exist", where, "create it or name yours")
 
 
 def _plan_group(aws: Aws, name: str) -> Change:
-    there = _found(aws.sagemaker.describe_model_package_group, ModelPackageGroupName=name)
+    there = if_there(aws.sagemaker.describe_model_package_group, ModelPackageGroupName=name)
     return Change(
         "model package group",
         name,
@@ -106,7 +94,7 @@ def _plan_group(aws: Aws, name: str) -> Change:
 
 
 def _plan_pipeline(aws: Aws, settings: Settings, pipeline: Any) -> Change:
-    there = _found(aws.sagemaker.describe_pipeline, PipelineName=pipeline.name)
+    there = if_there(aws.sagemaker.describe_pipeline, PipelineName=pipeline.name)
     before, after = there["PipelineDefinition"] if there else "", pipeline.definition()
     same = there and json.loads(before) == json.loads(after)
     action: Literal["create", "update", "keep"] = "create" if not there else "update"
@@ -137,7 +125,7 @@ def _put(pipeline: Any, settings: Settings) -> None:
 
 def _plan_rule(aws: Aws, settings: Settings) -> Change:
     name = settings.names.approval_rule
-    rule = _found(aws.events.describe_rule, Name=name)
+    rule = if_there(aws.events.describe_rule, Name=name)
     target = {
         "Id": TARGET,
         "RoleArn": settings.role_of("events"),
@@ -169,7 +157,7 @@ def schedule_rule(settings: Settings) -> str:
 def _plan_schedule(aws: Aws, settings: Settings) -> list[Change]:
     """The scheduled rule; nothing when there is none and shall be none."""
     name, wanted = schedule_rule(settings), settings.triggers.schedule
-    rule = _found(aws.events.describe_rule, Name=name)
+    rule = if_there(aws.events.describe_rule, Name=name)
     target = {"Id": SCHEDULED, "RoleArn": settings.role_of("events")}
 
     def apply() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,26 @@ def test_an_execution_a_version_or_an_endpoint_that_is_not_there_is_said_with_th
         service.find_package(aws, "nope", f"{arn}:model-package/nope/9")
     with pytest.raises(UserError, match=r"no endpoint 'nope': us-east-1; staging comes with a release"):
         service.invoke(aws, "nope", "text", 1)
-    with pytest.raises(UserError, match=r"no pipeline 'nope'.*mla-pipeline upsert"):
+    with pytest.raises(UserError, match=r"no execution yet: pipeline nope; run `mla-pipeline upsert`"):
         service.latest(aws, "nope")
+
+
+def test_a_log_goes_on_after_an_empty_page_and_over_all_streams(aws: Aws) -> None:
+    """As CloudWatch Logs documents GetLogEvents; moto never gives such a page."""
+    from botocore.stub import Stubber
+
+    clients = Aws(REGION)
+    job = service.Step("Job", "Failed", None, None, "", f"arn:aws:sagemaker:{REGION}:1:processing-job/j")
+    with pytest.MonkeyPatch.context() as patch, Stubber(clients.logs) as logs:
+        names = [{"logStreamName": "j/1"}, {"logStreamName": "j/2"}]
+        logs.add_response("describe_log_streams", {"logStreams": names[:1], "nextToken": "n"})
+        logs.add_response("describe_log_streams", {"logStreams": names[1:]})
+        for token, *messages in [("a",), ("b", "one"), ("b",), ("c", "two"), ("c",)]:
+            events = [{"message": f"{one}\n", "timestamp": 1} for one in messages]
+            logs.add_response("get_log_events", {"events": events, "nextForwardToken": token})
+        execution = service.Execution("arn", NAME, "Failed", datetime.now(UTC), None, "", (job,))
+        patch.setattr(service, "status", lambda aws, arn: execution)
+        assert list(service.logs(clients, "arn", "Job")) == ["one", "two"]
 
 
 def test_service_errors_become_one_line(aws: Aws) -> None:

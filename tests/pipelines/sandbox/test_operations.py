@@ -121,6 +121,30 @@ def register(aws: Aws, group: str, evaluation: str) -> list[str]:
     ]
 
 
+def test_status_of_an_endpoint_whose_model_and_configuration_were_deleted(world: World) -> None:
+    """A clean-up that goes too far does not stop the endpoint; its health must stay visible."""
+    sagemaker, name = world.aws.sagemaker, f"{NAME}-bare"
+    evaluated = sagemaker.describe_model_package(ModelPackageName=world.versions[0])
+    container = evaluated["InferenceSpecification"]["Containers"][0]
+    sagemaker.create_model(ModelName=name, PrimaryContainer=container, ExecutionRoleArn=world.aws.role)
+    variant = {
+        "VariantName": "v",
+        "ModelName": name,
+        "InstanceType": "ml.m5.large",
+        "InitialInstanceCount": 1,
+    }
+    sagemaker.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant])
+    sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name)
+    sagemaker.get_waiter("endpoint_in_service").wait(EndpointName=name, WaiterConfig={"Delay": 1})
+    sagemaker.delete_model(ModelName=name)
+    assert endpoint.status(world.clients, world.settings, name).served.instance_type == "ml.m5.large"
+    sagemaker.delete_endpoint_config(EndpointConfigName=name)
+    found = endpoint.status(world.clients, world.settings, name)
+    sagemaker.delete_endpoint(EndpointName=name)
+    assert (found.health, found.package) == ("InService", None)
+    assert "cost        1 x unknown, unpriced" in list(found.lines())
+
+
 def test_status_shows_what_production_serves_and_how_it_got_there(world: World) -> None:
     found = endpoint.status(world.clients, world.settings, NAME)
     assert (found.health, found.package and found.package.version) == ("InService", 2)

@@ -169,6 +169,9 @@ def test_the_command_starts_a_new_version_once(
     assert second.output.startswith("nothing to do: models:/mla-demo/4 is not new, execution ")
     assert (second.exit_code, wrong.exit_code) == (0, 1)
     assert started(clients, local) == [("mla-demo-v4", "models:/mla-demo/4")]
+    aws.wait(first.output.strip())
+    aws.sagemaker.delete_pipeline(PipelineName=local.names.release_pipeline)  # the sandbox is shared
+    aws.sagemaker.delete_model_package_group(ModelPackageGroupName=local.names.model_package_group)
 
 
 def test_the_alias_is_asked_with_mlflows_client(
