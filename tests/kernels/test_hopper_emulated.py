@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.checks import CheckCase, run_case
+from kernels.targets import SOURCE_ROOT
 from tests.kernels.emulator import EmulatedFailure, Emulator, build
 from tests.kernels.hopper_cases import BF16, CASES, FP8, FP16, row_tiles
 
@@ -119,3 +120,77 @@ def test_an_index_out_of_range_is_found(emulated: Path, heads: int, kv: torch.dt
     inputs.block_table[0, 2] = inputs.k_cache.shape[0]
     with pytest.raises(EmulatedFailure, match=rf"kernel.*CTA \d.*warp \d.*\.cuh:\d+: .*{words}"):
         Emulator(emulated, 3)(*inputs.arguments())
+
+
+def place_of(file: str, text: str) -> str:
+    """The "file:line" where `text`, which is there once, begins in the kernels' sources."""
+    before, _ = (SOURCE_ROOT / "hopper" / file).read_text().split(text)
+    return f"{file}:{before.count(chr(10)) + 1}"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("ring_feed.cuh", "mbarrier_wait(barriers.empty(position", "a race: .* a copy wrote"),
+        ("ring_scores.cuh", "mbarrier_wait(barriers_.rope_full()", "a race: reads"),
+        ("ring_scores.cuh", "wgmma_wait<0>();", "an accumulator was written|a race"),
+        ("ring_values.cuh", "fence_async_proxy();", "without fence.proxy.async since"),
+        ("ring_values.cuh", "wgmma_fence();", "since the last wgmma.fence"),
+        ("ring_values.cuh", "mbarrier_arrive(barriers.empty(second", "(?s)deadlock.*wait at ring_feed"),
+        ("ring_feed.cuh", "mbarrier_expect(full", "bytes are 8192 more than phase 0"),
+        ("values.cuh", "named_sync(kStoredBarrier", "a race: reads workspace"),
+    ],
+)  # fmt: skip
+def test_what_a_missing_synchronisation_is_called(emulated: Path, file: str, text: str, words: str) -> None:
+    inputs = case((900, 100), 1, 16 if file == "values.cuh" else 64, BF16, BF16).inputs(seed=6)
+    with pytest.raises(EmulatedFailure, match=words):
+        Emulator(emulated, 3, fault=place_of(file, text))(*inputs.arguments())
+
+
+# Synchronisations that may be left out, by file and the line before: why nothing goes wrong.
+NOT_NEEDED = {
+    ("merge.cuh", "// The last to finish leaves the counters"): "a second merge begins with the same barrier",
+    ("narrow.cuh", "Operands::load(params, map, ring"): "the next shuffle gathers the warp too",
+    ("ring_kernel.cuh", "const RowTable table = row_table"): "a merge begins with the same barrier",
+    ("ring_scores.cuh", "add_pair<3>();"): "a group of its own, so that scored() can be said early",
+    ("ring_scores.cuh", "wgmma_commit();"): "the same",
+    ("ring_scores.cuh", "mbarrier_wait(barriers_.rope_full()"): "its registers are in flight already",
+    ("ring_scores.cuh", "if (thread == 0) tasks"): "thread 0 itself arrives for its warp",
+    ("ring_values.cuh", "const RingPosition second"): "the weights were made from the same pieces",
+    ("ring_values.cuh", "mbarrier_wait(barriers.full(position.slot)"): "the same",
+    ("ring_values.cuh", "if (in_turns &&"): "who goes first is a matter of speed",
+    ("values.cuh", "const uint32_t stage_offset"): "the next line waits for a later piece by the same warps",
+}  # fmt: skip
+BROKEN_CASES = [
+    (case(lengths, s_q, heads, BF16, kv), max(multiprocessors, 3 if s_q > 1 else 0))
+    for heads, s_q, kv in ((12, 1, BF16), (12, 1, FP8), (64, 1, FP8), (64, 1, BF16), (48, 4, BF16))
+    for lengths, multiprocessors in (((130, 50, 64, 10, 70, 1), 2), ((200, 30, 30, 20, 300, 1), 3))
+]
+
+
+def test_every_missing_synchronisation_is_found(emulated: Path) -> None:
+    """Leave out each one of the kernels' sources, and invert each parity: no such kernel passes."""
+    missed: dict[str, str] = {}
+    found: set[str] = set()
+    for one, multiprocessors in BROKEN_CASES:
+        emulator = Emulator(emulated, multiprocessors, seed=1)
+        emulator.synchronisations()
+        assert run_case(emulator, one, seed=7).passed
+        places = emulator.synchronisations()
+        places |= {f"!{place}": name for place, name in places.items() if name == "mbarrier_wait"}
+        for place in sorted(places.keys() - found):
+            emulator.fault = place
+            try:
+                passed = run_case(emulator, one, seed=7).passed
+            except EmulatedFailure:
+                passed = False
+            if passed:
+                missed[place] = places[place]
+            else:
+                found.add(place)
+    assert len(found) > 130
+    for place, name in missed.items():
+        file, line = place.removeprefix("!").split(":")
+        before = (SOURCE_ROOT / "hopper" / file).read_text().splitlines()[int(line) - 2].strip()
+        known = place in found or any(file == at and before.startswith(text) for at, text in NOT_NEEDED)
+        assert known, f"nothing finds {name} at {place} missing, after {before!r}"

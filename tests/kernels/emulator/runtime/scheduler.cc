@@ -52,38 +52,38 @@ bool advance_something() {
   return true;
 }
 
-// Groups of lanes that wait at the same place, the likely causes first: not those that only wait for their warp.
+bool waits_alike(const Thread& one, const Thread& other) {
+  return one.returned == other.returned && one.doing == other.doing && one.place.line == other.place.line &&
+         one.operand[0] == other.operand[0] && one.operand[1] == other.operand[1];
+}
+
+std::string how_it_waits(const Cta& cta, const Thread& thread) {
+  char text[192] = "";
+  const auto found = cta.mbarriers.find(thread.operand[0]);
+  if (strstr(thread.doing, "mbarrier_wait") && found != cta.mbarriers.end()) {
+    const MBarrier& b = found->second;
+    snprintf(text, sizeof text, " for parity %u of 0x%x: in phase %u, %u of %u arrivals and %lld bytes are missing",
+             thread.operand[1], thread.operand[0], b.phase, b.pending, b.arrivals, static_cast<long long>(b.bytes));
+  } else if (strstr(thread.doing, "named_sync")) {
+    const NamedBarrier& b = cta.named[thread.operand[0] & 15];
+    snprintf(text, sizeof text, " at barrier %u: %d of %d threads are there", thread.operand[0], b.arrived, b.expected);
+  }
+  return text;
+}
+
+// Who waits where, threads in a row that wait alike as one.
 std::string who_waits() {
   std::string text;
   char line[256];
   for (auto& cta : machine.ctas) {
-    for (Warp& warp : cta->warps) {
-      for (int lane = 0; lane < 32;) {
-        const Thread& first = *warp.threads[lane];
-        int end = lane + 1;
-        while (end < 32 && warp.threads[end]->returned == first.returned && warp.threads[end]->place.line == first.place.line &&
-               warp.threads[end]->doing == first.doing && warp.threads[end]->operand[0] == first.operand[0]) {
-          ++end;
-        }
-        if (!first.returned) {
-          snprintf(line, sizeof line, "\n  CTA %u warp %d lanes %d-%d: %s at %s:%d", cta->index, warp.index, lane, end - 1,
-                   first.doing, file_name(first.place), first.place.line);
-          text += line;
-          const auto barrier = cta->mbarriers.find(first.operand[0]);
-          if (strstr(first.doing, "mbarrier_wait") && barrier != cta->mbarriers.end()) {
-            const MBarrier& b = barrier->second;
-            snprintf(line, sizeof line, " for phase of parity %u of 0x%x, which is in phase %u: %u of %u arrivals, %lld bytes missing",
-                     first.operand[1], first.operand[0], b.phase, b.pending, b.arrivals, static_cast<long long>(b.bytes));
-            text += line;
-          } else if (strstr(first.doing, "named_sync")) {
-            const NamedBarrier& b = cta->named[first.operand[0] & 15];
-            snprintf(line, sizeof line, " of barrier %u: %d of %d threads", first.operand[0], b.arrived, b.expected);
-            text += line;
-          }
-        }
-        lane = end;
-        if (text.size() > 900) return text + "\n  ...";
-      }
+    for (size_t i = 0, end; i < cta->threads.size(); i = end) {
+      const Thread& first = *cta->threads[i];
+      for (end = i + 1; end < cta->threads.size() && waits_alike(first, *cta->threads[end]);) ++end;
+      if (first.returned) continue;
+      snprintf(line, sizeof line, "\n  CTA %u threads %zu-%zu: %s at %s:%d", cta->index, i, end - 1, first.doing,
+               file_name(first.place), first.place.line);
+      text += line + how_it_waits(*cta, first);
+      if (text.size() > 1200) return text + "\n  ...";
     }
   }
   return text;
@@ -91,28 +91,19 @@ std::string who_waits() {
 
 // The next warp to run; nullptr when none ever will.
 Warp* pick() {
-  static Cta* cta;
-  while (true) {
-    std::vector<Cta*>& candidates = *[] {
-      static std::vector<Cta*> list;
-      return &list;
-    }();
-    const bool keep = machine.mapped != nullptr && !machine.mapped->ready.empty() && !machine.one_in(machine.switch_rate);
-    if (keep) {
-      cta = machine.mapped;
-    } else {
-      candidates.clear();
+  Cta* cta = machine.mapped;
+  if (cta == nullptr || cta->ready.empty() || machine.one_in(machine.switch_rate)) {
+    std::vector<Cta*> candidates;
+    while (true) {
       for (auto& one : machine.ctas) {
         if (!one->ready.empty()) candidates.push_back(one.get());
       }
-      if (candidates.empty()) {
-        if (wake_watchers() || advance_something()) continue;
-        return nullptr;
-      }
-      cta = candidates[machine.random() % candidates.size()];
+      if (!candidates.empty()) break;
+      if (!wake_watchers() && !advance_something()) return nullptr;
     }
-    return cta->ready[machine.random() % cta->ready.size()];
+    cta = candidates[machine.random() % candidates.size()];
   }
+  return cta->ready[machine.random() % cta->ready.size()];
 }
 
 void run_warp(Warp& warp) {
