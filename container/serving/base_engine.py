@@ -17,12 +17,13 @@ MAX_CHARACTERS_A_TOKEN = 64  # tokens are seldom longer than a long word
 
 @dataclass(frozen=True)
 class Completion:
-    """What `generate` gives for one prompt. finish_reason: stop, length or error."""
+    """What `generate` gives for one prompt. finish_reason: stop, length or error, which `error` explains."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
     logprobs: list[Logprob]
+    error: str | None = None
 
 
 class BaseEngine(ABC):
@@ -129,11 +130,11 @@ class BaseEngine(ABC):
         """Completes all prompts in one continuous batch; `sampling` as the fields of Sampling.
 
         With a seed, prompt i is sampled with seed + i. Threads may call this at the same time: their prompts
-        share steps.
+        share steps. Raises BadRequest, before anything runs, for a prompt that cannot be served.
         """
         seed = cast("int | None", sampling.pop("seed", None))
         sequences = [
-            self.add(
+            self.prepare(
                 prompt,
                 Sampling(
                     max_tokens=max_tokens,
@@ -144,9 +145,18 @@ class BaseEngine(ABC):
             )
             for i, prompt in enumerate(cast("Many[str | Many[int]]", prompts))
         ]
-        while any(s.finish_reason is None for s in sequences):
-            self.step()
+        queued: list[Sequence] = []
+        try:
+            for sequence in sequences:
+                self.enqueue(sequence)
+                queued.append(sequence)
+            for sequence in sequences:
+                while sequence.finish_reason is None:
+                    self.step()
+        finally:
+            for sequence in queued:  # of an interrupted call; nothing happens to the finished ones
+                self.abort(sequence)
         return [
-            Completion(s.detokenizer.text, s.output, s.finish_reason or "error", s.logprobs)
+            Completion(s.detokenizer.text, s.output, s.finish_reason or "error", s.logprobs, s.error)
             for s in sequences
         ]

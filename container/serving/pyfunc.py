@@ -17,12 +17,21 @@ class EngineGenerator:
         self._engine = Engine.load(folder, **load)
 
     def generate(self, prompts: list[str], **params: Any) -> list[str]:
-        """One completion for each prompt, in one continuous batch."""
-        settings = _sampling(params)
-        return [c.text for c in self._engine.generate(prompts, **settings)]
+        """One completion for each prompt, in one continuous batch.
+
+        Raises BadRequest for a prompt that cannot be served, RuntimeError when a generation failed.
+        """
+        completions = self._engine.generate(prompts, **_sampling(params))
+        for row, completion in enumerate(completions):
+            if completion.finish_reason == "error":
+                raise RuntimeError(f"prompt {row} could not be completed: {completion.error}")
+        return [completion.text for completion in completions]
 
     def stream(self, prompt: str, **params: Any) -> Iterator[str]:
-        """The completion's text as it is generated. Closing the iterator ends the generation."""
+        """The completion's text as it is generated. Closing the iterator ends the generation.
+
+        Raises as `generate` does, once what was generated has been given.
+        """
         sequence = self._engine.add(prompt, Sampling(**_sampling(params)))
         sent = 0
         try:
@@ -32,6 +41,8 @@ class EngineGenerator:
                 if len(text) > sent:
                     yield text[sent:]
                     sent = len(text)
+            if sequence.finish_reason == "error":
+                raise RuntimeError(f"the prompt could not be completed: {sequence.error}")
         finally:
             self._engine.abort(sequence)
 

@@ -9,7 +9,7 @@ import torch
 
 from container.serving.engine import Engine
 from container.serving.pyfunc import EngineGenerator
-from container.serving.sequence import BadRequest, Sampling, State
+from container.serving.sequence import BadRequest, Sampling, State, Step
 from kernels import BackendError
 
 
@@ -28,6 +28,41 @@ def test_a_stream_closed_early_frees_its_pages(tiny_folder: Path) -> None:
     assert next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     assert generator._engine.allocator.used == 0
+    assert not generator._engine.busy
+
+
+def test_a_refused_prompt_leaves_nothing_of_its_batch_behind(tiny_engine: Callable[..., Engine]) -> None:
+    engine = tiny_engine()
+    with pytest.raises(BadRequest, match="empty"):
+        engine.generate([[1, 2], []], 5)
+    assert not engine.busy
+
+
+def test_an_interrupted_batch_leaves_nothing_behind(
+    tiny_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    step, calls = engine.step, iter(range(3))
+
+    def interrupted() -> list[Step]:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1], [2]], 50, ignore_eos=True)
+    assert not engine.busy
+    assert engine.allocator.used == 0
+
+
+def test_a_batch_job_hears_of_a_failed_generation(tiny_folder: Path) -> None:
+    generator = EngineGenerator(str(tiny_folder), backend="reference")
+    generator._engine.model = None  # type: ignore[assignment]  # every step fails
+    with pytest.raises(RuntimeError, match="prompt 0 could not be completed: AttributeError"):
+        generator.generate(["a", "b"])
+    with pytest.raises(RuntimeError, match="could not be completed: AttributeError"):
+        list(generator.stream("a"))
     assert not generator._engine.busy
 
 
