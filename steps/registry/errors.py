@@ -42,9 +42,10 @@ def _explain(registry: RegistryName, subject: str, error: Exception) -> StepErro
     text = redact(" ".join(str(error).split())).partition(" Config: ")[0].rstrip(".")[:300]
     where = registry.registry_uri
     if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "NoSuchKey", "NoSuchBucket") or status == 404:
-        return StepError(
-            f"{subject} does not exist in {where}: {text}.", "Correct the name, version or alias."
-        )
+        fix = "Correct the name, version or alias"
+        if where.partition("://")[0] == "databricks":
+            fix += "; catalog.schema.model is in Unity Catalog (mlflow.registry_uri: databricks-uc)"
+        return StepError(f"{subject} does not exist in {where}: {text}.", f"{fix}.")
     if code == "ENDPOINT_NOT_FOUND":
         return StepError(
             f"{where} does not know a request that {subject} needs: {text[:150]}.",

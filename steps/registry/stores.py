@@ -41,7 +41,13 @@ class RepositoryStore(Store):
         ]  # "", not None, for the root: mlflow's presigned repository joins paths with it
         while pending:
             folder = pending.pop()
-            for entry in self.repository.list_artifacts(folder):
+            entries = self.repository.list_artifacts(folder)
+            if not entries and set(folder) & set("%#?"):  # what mlflow did not find it takes for empty
+                raise StepError(
+                    f"The store lists nothing in {folder!r:.200}: mlflow does not quote such a name.",
+                    "Log the model again, without % # ? in the names of its folders.",
+                )
+            for entry in entries:
                 if entry.path in (".", folder):  # some stores list a folder within itself
                     continue
                 if entry.is_dir:

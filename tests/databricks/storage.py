@@ -9,6 +9,7 @@ import secrets
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from xml.sax.saxutils import escape
 
 from tests.databricks.catalog import BUCKET, find_version
@@ -75,7 +76,7 @@ def sign(workspace: Workspace, file: Path) -> dict[str, Any]:
     """A URL that needs no token, but a header that the store insists on."""
     key = secrets.token_hex(16)
     _SIGNED[key] = file
-    url = f"{workspace.url}/signed/{file.name}?X-Amz-Signature={key}"
+    url = f"{workspace.url}/signed/{quote(file.name)}?X-Amz-Signature={key}"
     return {"url": url, "headers": [{"name": "x-stand-in", "value": "1"}]}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.databricks.conftest import NAME, Pull
+from tests.databricks.models import write_model_folder
 from tests.databricks.runner import Outcome, failed
 from tests.databricks.tracking import add_logged_model, add_run, add_workspace_model
 from tests.databricks.workspace import TOKEN, Workspace
@@ -87,3 +88,54 @@ def test_a_registry_before_logged_models(workspace: Workspace, pull: Pull) -> No
     workspace.fail("/logged-models/", status=404, code="ENDPOINT_NOT_FOUND", times=9)
     failed(pull(f"runs:/{run_id}/model"), "has no model at 'model'")
     failed(pull(f"models:/m-{'0' * 32}"), "does not know a request", "MLflow 3")
+
+
+ODD = [
+    "a b.txt",
+    "50%.txt",
+    "%2e%2e.txt",
+    "a#b?c&d=+;.txt",
+    "größe-日本😀.txt",
+    "e\u0301.txt",
+    " [x]{y}'\".txt",
+    "-rf",
+]
+
+
+@pytest.mark.parametrize("route", ["vended", "files", "presigned", "run", "run-signed", "workspace"])
+def test_names_of_every_kind(
+    route: str, workspace: Workspace, pull: Pull, tmp_path: Path, monkeypatch
+) -> None:
+    mine = write_model_folder(tmp_path / "mine")
+    (mine / "ein Ordner").mkdir()
+    for name in ODD:
+        (mine / "ein Ordner" / name).write_text(name)
+    if route == "workspace":
+        monkeypatch.setenv("MLFLOW_REGISTRY_URI", "databricks")
+        uri = f"models:/odd/{add_workspace_model(workspace, 'odd', mine)}"
+    elif route.startswith("run"):
+        workspace.run_files, run_id = route == "run", add_run(workspace)
+        (workspace.runs[run_id]["folder"] / "my model").symlink_to(mine)
+        uri = f"runs:/{run_id}/my model"
+    else:
+        workspace.route = route
+        uri = f"models:/{NAME}/{workspace.add_model(NAME, mine)}"
+    check(pull(uri), mine)
+
+
+def test_a_folder_that_mlflow_cannot_ask_for(workspace: Workspace, pull: Pull, tmp_path: Path) -> None:
+    """It does not quote the name, takes the 404 for an empty folder, and would leave the files out."""
+    mine = write_model_folder(tmp_path / "mine")
+    (mine / "part %41").mkdir()
+    (mine / "part %41" / "file").write_text("x")
+    workspace.route = "presigned"
+    failed(pull(f"models:/{NAME}/{workspace.add_model(NAME, mine)}"), "lists nothing in", "part %41", "% # ?")
+
+
+@pytest.mark.parametrize("registry", ["databricks", ""])
+@pytest.mark.parametrize("uri", ["models:/tiny@champion", f"models:/{NAME}/1"])
+def test_what_the_workspace_registry_lacks(
+    registry: str, uri: str, workspace, pull: Pull, monkeypatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry)
+    failed(pull(uri), "mlflow.registry_uri: databricks-uc")
