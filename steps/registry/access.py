@@ -129,7 +129,7 @@ def resolve(registry: Registry, uri: ModelUri) -> ResolvedModel:
         elif alias and registry.registry_uri.partition("://")[0] == "databricks":
             raise StepError(
                 f"ModelUri '{uri.text}' names an alias, and the workspace registry knows none.",
-                f"Set mlflow.registry_uri: databricks-uc (Unity Catalog), or name a version (models:/{name}/3).",
+                "Set mlflow.registry_uri: databricks-uc (Unity Catalog), or name a version: models:/NAME/3.",
             )
         found = _by_alias(registry, uri) if alias else client.get_model_version(name, uri.version or "")
         if found.status not in ("READY", None):
