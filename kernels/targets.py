@@ -158,7 +158,7 @@ def cpu_recipe() -> Recipe:
         target="cpu",
         compiler=command,
         compiler_version=_compiler_version(command),
-        flags=(*CPU_FLAGS, *CPU_LINK_FLAGS, *unit_flags),
+        flags=(*command[1:], *CPU_FLAGS, *CPU_LINK_FLAGS, *unit_flags),
         sources=tuple(sources),
         headers=(SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h"))),
         needs=CPU_NEEDS,

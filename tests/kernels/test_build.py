@@ -66,6 +66,19 @@ def test_another_compiler_is_another_cache_entry(
     assert len(visible(tmp_path / "cache")) == 2
 
 
+def test_another_option_of_the_compiler_is_another_cache_entry(
+    tmp_path: Path, fake_compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was built with -march=native must not come out of the cache on another machine."""
+    fake_compiler()
+    plain = cached_package("cpu", tmp_path / "cache")
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -march=native")
+    native = cached_package("cpu", tmp_path / "cache")
+    assert native.folder != plain.folder
+    assert "-march=native" in native.manifest["flags"]
+    assert "-march=native" not in plain.manifest["flags"]
+
+
 def test_damaged_cache_entry_is_compiled_again(tmp_path: Path, fake_compiler: FakeCompiler) -> None:
     fake_compiler()
     package = cached_package("cpu", tmp_path / "cache")
