@@ -101,9 +101,15 @@ def connect() -> Registry:
 
     if not managed.is_managed(tracking):
         managed.silence()
-    client = mlflow.MlflowClient(tracking_uri=tracking, registry_uri=registry)
     mlflow.set_tracking_uri(tracking)
     mlflow.set_registry_uri(registry)
+    try:
+        client = mlflow.MlflowClient(tracking_uri=tracking, registry_uri=registry)
+    except Exception as error:  # mlflow's own opinion of the addresses: an unknown scheme, a file store
+        raise StepError(
+            f"mlflow takes no {redact(tracking)} with {redact(registry)}: {redact(str(error)):.300}.",
+            "Correct mlflow.tracking_uri and mlflow.registry_uri.",
+        ) from error
     return Registry(client, redact(tracking), redact(registry), credentials)
 
 
@@ -266,11 +272,15 @@ def _check_host(uri: str) -> None:
     if "://" not in url:
         url = f"https://{url}"
     try:
+        parts = urllib.parse.urlsplit(url)
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError as error:
+        raise StepError(f"{redact(url)} is no URL: {error}.", "Correct mlflow.tracking_uri.") from None
+    try:
         requests.get(url, timeout=(10, 30), allow_redirects=False, stream=True, **tls).close()
     except requests.RequestException as error:
-        parts = urllib.parse.urlsplit(url)
         raise StepError(
-            f"No answer from the MLflow registry at {parts.scheme}://{parts.hostname}"
-            f"{f':{parts.port}' if parts.port else ''} ({type(error).__name__}).",
+            f"No answer from the MLflow registry at {parts.scheme}://{parts.hostname}{port} "
+            f"({type(error).__name__}).",
             "Check the address and the job's network: VPC, security group, proxy, certificate.",
         ) from None

@@ -20,7 +20,8 @@ from typing import Any
 from steps.job import StepError, redact
 from steps.registry.access import Registry, ResolvedModel, connect, resolve
 from steps.registry.errors import explained
-from steps.registry.remote import TransferError
+from steps.registry.paths import check_paths
+from steps.registry.remote import ExpiredError, Store, TransferError
 from steps.registry.uris import ModelUri, check_unity_catalog_name, parse_model_uri
 
 # what a privilege is for, and the kind of securable (as the grants API calls it) that it is held on
@@ -54,18 +55,23 @@ def _checks(uri_text: str) -> Iterator[Check]:
         return
     yield Check("credentials", "ok", registry.credentials)
     yield Check("registry", "ok", f"{registry.registry_uri} answers")
+    catalog = registry.is_unity_catalog and uri.name
     try:
-        if registry.is_unity_catalog and uri.name:
-            check_unity_catalog_name(uri.name)
+        if catalog:
+            check_unity_catalog_name(uri.name or "")
+    except StepError as error:
+        yield Check("model", "failed", error.what, error.fix)
+        return
+    try:
         model = resolve(registry, uri)
         yield Check("model", "ok", f"version {model.version or '-'}, run {model.run_id or '-'}")
         yield _readable(registry, model)
     except StepError as error:
         yield Check("model", "failed", error.what, error.fix)
-        if registry.is_unity_catalog and uri.name:
+        if catalog:
             yield from _grants(uri, _READ)
         return
-    if registry.is_unity_catalog and uri.name:
+    if catalog:
         yield from _grants(uri, _WRITE, alias=True)
 
 
@@ -74,18 +80,29 @@ def _readable(registry: Registry, model: ResolvedModel) -> Check:
     try:
         with explained(registry, f"The files of '{model.uri.text}'"):
             files = model.store.list()
-            total = sum(file.bytes or 0 for file in files)
-            if files:
-                body = model.store.open(files[0].path, 0, 1)
-                next(iter(body.chunks), b"")
-                body.close()
+        check_paths(file.path for file in files)
+        if not any(file.path == "MLmodel" for file in files):
+            return Check(
+                "files", "failed", f"{len(files)} files, but no MLmodel", "Register the model again."
+            )
+        with explained(registry, f"The files of '{model.uri.text}'"):
+            _fetch_a_byte(model.store, files[0].path)
     except StepError as error:
         return Check("files", "failed", error.what, error.fix)
-    except TransferError as error:
-        return Check(
-            "files", "failed", str(error), "Grant the job's principal and network access to the storage."
-        )
+    total = sum(file.bytes or 0 for file in files)
     return Check("files", "ok", f"{len(files)} files, {total} bytes, by {model.store.describe}")
+
+
+def _fetch_a_byte(store: Store, path: str) -> None:
+    try:
+        body = store.open(path, 0, 1)
+        next(iter(body.chunks), b"")
+        body.close()
+    except ExpiredError as error:
+        fix = "Grant the job's principal read access to the storage behind the registry."
+        raise StepError(f"{error}.", fix) from None
+    except TransferError as error:
+        raise StepError(f"{error}.", "Give the job a network route to the storage; try again.") from None
 
 
 def _grants(uri: ModelUri, wanted: tuple[tuple[str, str], ...], alias: bool = False) -> Iterator[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,36 @@ def test_grants_that_may_not_be_asked_are_unknown(workspace: Workspace) -> None:
 def test_storage_that_refuses(workspace: Workspace) -> None:
     workspace.fail("GET /api/2.0/fs/files/", status=403, times=99)
     assert states()["files"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(403, "read access to the storage"), (500, "network route to the storage")]
+)
+def test_storage_that_fails_says_how(status: int, words: str, workspace: Workspace) -> None:
+    workspace.fail("GET /api/2.0/fs/files/", status=status, times=99)
+    [check] = [check for check in diagnose(URI) if check.state == "failed"]
+    assert f"answered {status}" in check.detail
+    assert words in check.fix
+
+
+def test_a_name_of_one_level(workspace: Workspace) -> None:
+    [check] = [check for check in diagnose("models:/tiny@champion") if check.state == "failed"]
+    assert "catalog.schema.model" in check.detail
+
+
+def test_a_folder_without_a_model(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.add_model("main.ml.empty", tmp_path)
+    [check] = [check for check in diagnose("models:/main.ml.empty/1") if check.state == "failed"]
+    assert (check.name, check.detail) == ("files", "0 files, but no MLmodel")
+
+
+@pytest.mark.parametrize("address", ["htp://x", "http://[::1", "http://host:port", "file:///nowhere"])
+def test_an_address_that_mlflow_does_not_take(address: str, workspace: Workspace, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI")
+    [check] = [check for check in diagnose("models:/a/1") if check.state == "failed"]
+    assert check.name == "registry"
+    assert "mlflow.tracking_uri" in check.fix
 
 
 def test_nothing_works(monkeypatch, workspace: Workspace, capsys) -> None:
