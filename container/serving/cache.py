@@ -1,6 +1,7 @@
 """The paged latent cache shared by all requests, and the allocator of its pages."""
 
 import hashlib
+import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,13 +24,21 @@ class OutOfPages(RuntimeError):
 class LatentCache:
     """Latents and rotated keys of every layer: [layers, pages, 64, 1, row], rows as the backend reads them.
 
-    A token's slot is page * 64 + offset. Memory of unused slots is never initialised and never read.
+    A token's slot is page * 64 + offset. Memory of unused slots is never initialised and never read. Raises
+    ValueError when the device has no room for it.
     """
 
     def __init__(self, layers: int, pages: int, attention: DecodeAttention, device: torch.device):
         self.attention = attention
         shape = (layers, pages + 1, PAGE, 1, attention.row_width)
-        self._data = torch.empty(shape, dtype=attention.cache_dtype, device=device)
+        try:
+            self._data = torch.empty(shape, dtype=attention.cache_dtype, device=device)
+        except RuntimeError:  # torch has no narrower one for the CPU
+            size = math.prod(shape) * attention.cache_dtype.itemsize / 1e9
+            raise ValueError(
+                f"a cache of {pages * PAGE} tokens takes {size:.1f} GB, more than {device} gives; "
+                "ask for fewer (MLA_CACHE_TOKENS)"
+            ) from None
         self._data[:, NULL_PAGE] = 0
         self._rows = self._data.view(layers, -1, attention.row_width)
 

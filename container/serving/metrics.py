@@ -97,7 +97,8 @@ class Metrics:
 
         with self._lock:
             http = [
-                f'mla_http_responses_total{{path="{p}",status="{s}"}} {n}' for (p, s), n in self.http.items()
+                f'mla_http_responses_total{{path="{_label(p)}",status="{s}"}} {n}'
+                for (p, s), n in self.http.items()
             ]
             metric("http_responses_total", "counter", "HTTP responses.", http)
             ended = [f'mla_requests_total{{outcome="{o}"}} {n}' for o, n in self.outcomes.items()]
@@ -144,3 +145,8 @@ class Metrics:
         directive = {"Namespace": "MlaServing", "Dimensions": [["Model"]], "Metrics": definitions}
         meta = {"Timestamp": int(time.time() * 1000), "CloudWatchMetrics": [directive]}
         return json.dumps({"_aws": meta, "Model": model, **values})
+
+
+def _label(value: str) -> str:
+    """A label's value as the text format wants it."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 KERNEL_S3_URI = "MLA_KERNEL_S3_URI"
+MOST_THREADS = 1024  # OpenMP ends the process when the system gives it no more
 ENGINES = ("native", "vllm")
 
 
@@ -51,17 +52,16 @@ class ServerSettings:
         if uri and not re.fullmatch(r"s3://[^/]+/.+", uri):
             raise SettingsError(f"{KERNEL_S3_URI} is {uri!r}, expected s3://bucket/prefix")
 
-        def number(name: str, default: int | None) -> int | None:
+        def number(name: str, default: int | None, most: int | None = None) -> int | None:
             text = env.get(name)
             if not text:
                 return default
             if not text.isascii() or not text.isdigit() or int(text) < 1:
                 raise SettingsError(f"{name} is {text!r}, expected a positive whole number")
+            if most is not None and int(text) > most:
+                raise SettingsError(f"{name} is {text!r}, at most {most} is possible")
             return int(text)
 
-        port = number("SAGEMAKER_BIND_TO_PORT", cls.port) or cls.port
-        if port > 65535:
-            raise SettingsError(f"SAGEMAKER_BIND_TO_PORT is {port}, the last port is 65535")
         engine = env.get("MLA_ENGINE") or "native"
         if engine not in ENGINES:
             raise SettingsError(f"MLA_ENGINE is {engine!r}, expected {' or '.join(ENGINES)}")
@@ -81,7 +81,7 @@ class ServerSettings:
             pipeline_parallel=parallel[1],
             backend=env.get("MLA_KERNEL_BACKEND") or "auto",
             kv_cache_dtype=env.get("MLA_KV_CACHE_DTYPE") or "bfloat16",
-            port=port,
+            port=number("SAGEMAKER_BIND_TO_PORT", cls.port, 65535) or cls.port,
             host=env.get("MLA_HOST") or "0.0.0.0",
             model_name=env.get("MLA_MODEL_NAME") or "mla",
             max_batch=number("MLA_MAX_BATCH", cls.max_batch) or cls.max_batch,
@@ -89,5 +89,5 @@ class ServerSettings:
             max_model_len=number("MLA_MAX_MODEL_LEN", None),
             cache_tokens=number("MLA_CACHE_TOKENS", None),
             step_tokens=number("MLA_STEP_TOKENS", cls.step_tokens) or cls.step_tokens,
-            num_threads=number("MLA_NUM_THREADS", None),
+            num_threads=number("MLA_NUM_THREADS", None, MOST_THREADS),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from container.serving.engine import Engine
+from container.serving.engine import Engine, Options
 from container.serving.pyfunc import EngineGenerator
 from container.serving.sequence import BadRequest, Sampling, State, Step
 from kernels import BackendError
@@ -126,6 +126,13 @@ def test_refuses_a_backend_or_cache_that_does_not_exist(tiny_folder: Path, tmp_p
         Engine.load(tiny_folder, backend="fastest")
     with pytest.raises(ValueError, match="kv_cache_dtype is 'int4'"):
         Engine.load(tiny_folder, kv_cache_dtype="int4")
+
+
+def test_a_cache_beyond_memory_names_its_size(tiny_folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"a cache of 640000000000000 tokens takes .* GB, more than cpu gives"
+    ):
+        Engine.load(tiny_folder, backend="reference", options=Options(cache_tokens=64 * 10**13))
 
 
 def test_token_ids_work_without_a_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from container.serving.engine import Engine, Options
+from container.serving.metrics import Metrics
 from container.serving.protocol import CompletionRequest, parse, parse_json
 from container.serving.sequence import BadRequest
 from container.serving.server import create_app
@@ -469,6 +470,9 @@ def test_metrics(server: Server) -> None:
     assert values["mla_cache_pages_used"] == "0"
     for line in text.splitlines():
         assert line.startswith(("# HELP mla_", "# TYPE mla_", "mla_"))
+    metrics = Metrics()
+    metrics.response('/v1/models/a "b"\\c', 200)
+    assert r'{path="/v1/models/a \"b\"\\c",status="200"} 1' in metrics.prometheus()
     embedded = json.loads(server.app.state.serving.metrics.embedded("m"))
     names = [m["Name"] for m in embedded["_aws"]["CloudWatchMetrics"][0]["Metrics"]]
     assert set(names) <= embedded.keys()
@@ -506,7 +510,8 @@ def test_more_requests_than_places(tiny_folder: Path) -> None:
     ("name", "value", "words"),
     [
         ("SAGEMAKER_BIND_TO_PORT", "eighty", "SAGEMAKER_BIND_TO_PORT is 'eighty'"),
-        ("SAGEMAKER_BIND_TO_PORT", "65536", "the last port is 65535"),
+        ("SAGEMAKER_BIND_TO_PORT", "65536", "at most 65535 is possible"),
+        ("MLA_NUM_THREADS", "100000", "MLA_NUM_THREADS is '100000', at most 1024"),
         ("MLA_MAX_BATCH", "0", "MLA_MAX_BATCH is '0'"),
         ("MLA_KERNEL_DIR", "/does/not/exist", "MLA_KERNEL_DIR is /does/not/exist"),
         ("MLA_KERNEL_S3_URI", "https://bucket/kernel", "MLA_KERNEL_S3_URI is 'https://bucket/kernel'"),
