@@ -1,4 +1,4 @@
-"""`python -m tests.kernels.emulator`: the hopper target's cases under many orders of events, smallest first."""
+"""`python -m tests.kernels.emulator`: the hopper target's cases under many orders of events."""
 
 from __future__ import annotations
 

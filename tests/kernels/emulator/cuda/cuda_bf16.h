@@ -42,6 +42,8 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
   return {emulated_double2bfloat16(double(__bfloat162float(a.x)) * __bfloat162float(b.x) + __bfloat162float(c.x)),
           emulated_double2bfloat16(double(__bfloat162float(a.y)) * __bfloat162float(b.y) + __bfloat162float(c.y))};
 }
-inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) { return __hfma2(a, b, __nv_bfloat162{{0x8000}, {0x8000}}); }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hfma2(a, b, __nv_bfloat162{{0x8000}, {0x8000}});  // -0 changes no product
+}
 
 #endif  // EMULATOR_CUDA_BF16_H_

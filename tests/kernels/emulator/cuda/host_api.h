@@ -64,8 +64,8 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   memcpy(to, from, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height,
-                                     cudaMemcpyKind, cudaStream_t) {
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                                     size_t height, cudaMemcpyKind, cudaStream_t) {
   for (size_t row = 0; row < height; ++row) {
     memcpy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
   }
@@ -74,8 +74,10 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  const bool cooperative = config->numAttrs == 1 && config->attrs->id == cudaLaunchAttributeCooperative && config->attrs->val.cooperative;
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  const bool cooperative = config->numAttrs == 1 && config->attrs->id == cudaLaunchAttributeCooperative &&
+                           config->attrs->val.cooperative;
   if (!cooperative || config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) {
     return cudaErrorInvalidValue;
   }

@@ -94,7 +94,9 @@ void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
   MBarrier& b = at(thread, barrier);
   b.bytes += expected_bytes;
   b.unasked += expected_bytes;
-  if (b.bytes >= 1 << 20) fail("0x%x expects %lld bytes, an mbarrier counts to 2^20 - 1", barrier, static_cast<long long>(b.bytes));
+  if (b.bytes >= 1 << 20) {
+    fail("0x%x expects %lld bytes, an mbarrier counts to 2^20 - 1", barrier, static_cast<long long>(b.bytes));
+  }
   if (b.pending == 0) {
     fail("all %u arrivals of phase %u of 0x%x have come, %lld bytes are missing: one arrival too many", b.arrivals, b.phase,
          barrier, static_cast<long long>(b.bytes));
@@ -108,7 +110,9 @@ void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
 void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes) {
   MBarrier& b = at(thread, barrier);
   b.unasked -= bytes;
-  if (b.unasked < 0) fail("%u bytes are %lld more than phase %u of 0x%x expects", bytes, static_cast<long long>(-b.unasked), b.phase, barrier);
+  if (b.unasked < 0) {
+    fail("%u bytes are %lld more than phase %u of 0x%x expects", bytes, static_cast<long long>(-b.unasked), b.phase, barrier);
+  }
 }
 
 void complete_copy(const Copy& copy) {

@@ -62,11 +62,12 @@ void tensor_copy(uint32_t destination, const void* map_pointer, uint32_t barrier
   if (map.valid != 1) fail("the tensor map was never encoded");
   // The hardware gives zeros outside of the tensor. Query rows rely on that; a page or column there is a wrong index.
   if (z < 0 || uint64_t(z) >= map.size[2] || x < 0 || uint64_t(x) + map.box[0] > map.size[0] || y < 0) {
-    fail("box at (%d, %d, %d) lies outside of the tensor [%llu, %llu, %llu]", x, y, z, static_cast<unsigned long long>(map.size[0]),
-         static_cast<unsigned long long>(map.size[1]), static_cast<unsigned long long>(map.size[2]));
+    fail("box at (%d, %d, %d) lies outside of the tensor [%lld, %lld, %lld]", x, y, z, static_cast<long long>(map.size[0]),
+         static_cast<long long>(map.size[1]), static_cast<long long>(map.size[2]));
   }
   for (uint32_t j = 0; j < map.box[1] && y + j < map.size[1]; ++j) {
-    check_global(reinterpret_cast<const void*>(map.base + z * map.stride[1] + (y + j) * map.stride[0] + 2 * x), kRowBytes, 16, false);
+    const uint64_t row = map.base + z * map.stride[1] + (y + j) * map.stride[0] + 2 * x;
+    check_global(reinterpret_cast<const void*>(row), kRowBytes, 16, false);
   }
   Copy copy = {};
   copy.destination = destination;

@@ -24,7 +24,8 @@ float element_to_float(uint16_t bits) {
 }
 
 inline float to_float(Element element, uint16_t bits) {
-  return element == Element::kBfloat16 ? element_to_float<Element::kBfloat16>(bits) : element_to_float<Element::kFloat16>(bits);
+  return element == Element::kBfloat16 ? element_to_float<Element::kBfloat16>(bits)
+                                       : element_to_float<Element::kFloat16>(bits);
 }
 
 // Lane 4 g + c of A[16, 16] holds rows g (registers 0 and 2) and g + 8 (1 and 3), k 2 c, 2 c + 1 and, from register 2 on,

@@ -25,7 +25,8 @@ void thread_main() {
     }
     for (int i = 0; i < 16; ++i) {
       const NamedBarrier& barrier = thread.cta->named[i];
-      if (barrier.arrived != 0) fail("the CTA ends with %d of %d threads at barrier %d", barrier.arrived, barrier.expected, i);
+      if (barrier.arrived == 0) continue;
+      fail("the CTA ends with %d of %d threads at barrier %d", barrier.arrived, barrier.expected, i);
     }
   }
   park();
@@ -127,10 +128,10 @@ bool run_grid(const Launch& launch, void (*kernel)(const void*), const void* arg
   machine.product_rate = kRates[machine.random() % 5];
   machine.switch_rate = kRates[2 + machine.random() % 2];
   machine.yield_rate = kRates[2 + machine.random() % 3];
-  // Dynamic shared memory begins behind what the system keeps, aligned to 16 bytes or to what the kernel asks for.
-  machine.shared_base = 1024 + 0;
-  if (launch.ctas > static_cast<unsigned>(multiprocessors()) || launch.shared_bytes > kMostShared || launch.threads % 32 != 0) {
-    machine.error = machine.kernel + ": the grid is not resident, or a CTA is too large";
+  machine.window = nullptr;  // the first to ask for an address of shared memory says which it is
+  const bool resident = launch.ctas <= static_cast<unsigned>(multiprocessors());
+  if (!resident || launch.shared_bytes > kMostShared || launch.threads % 128 != 0) {
+    machine.error = machine.kernel + ": the grid is not resident, or a CTA is too large or not of whole warpgroups";
     return false;
   }
   body = kernel;

@@ -22,6 +22,7 @@ namespace emulator {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr uint32_t kMostShared = 232448;  // bytes a CTA can ask for
+constexpr size_t kSharedStride = (kMostShared + 4095) / 4096 * 4096;
 constexpr int kRegisterFile = 65536;
 constexpr int kCopyAgents = 64;  // copies that a CTA may have in flight
 
@@ -182,8 +183,9 @@ struct Machine {
   std::vector<Watcher> watchers;
   Thread* current = nullptr;
   const Blame* blame = nullptr;
-  Cta* mapped = nullptr;  // whose shared memory is where kernels' pointers point
-  uint32_t shared_base;   // 32-bit address of what dynamic_smem names
+  Cta* mapped = nullptr;   // whose shared memory is where kernels' pointers point;
+  char* window = nullptr;  // that is here, and as 32-bit addresses from
+  uint32_t shared_base;    // on: aligned to 16 bytes, or to what its declaration asks for
   Fiber scheduler;
   int live = 0;
   bool failed = false;

@@ -10,10 +10,11 @@
 
 #include "races.h"
 
-// The kernels declare both as extern __shared__: dynamic shared memory begins there. Only the CTA that runs is mapped.
+// Where dynamic shared memory begins for kernels that declare it `extern __shared__` so. The memory of the CTA that runs is
+// mapped there.
 namespace mla_hopper {
-alignas(4096) char dynamic_smem[(emulator::kMostShared + 4095) / 4096 * 4096];
-extern char ring_smem[] __attribute__((alias("_ZN10mla_hopper12dynamic_smemE")));
+alignas(4096) char dynamic_smem[emulator::kSharedStride];
+alignas(4096) char ring_smem[emulator::kSharedStride];  // declared with an alignment of 1024
 }  // namespace mla_hopper
 
 extern "C" const char __ehdr_start;
@@ -22,11 +23,11 @@ extern "C" char _end;
 namespace emulator {
 namespace {
 
-constexpr size_t kSharedStride = (kMostShared + 4095) / 4096 * 4096;
-char* const kWindow = mla_hopper::dynamic_smem;
 int shared_file = -1;
 
-uintptr_t window_offset(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(kWindow); }
+uintptr_t offset_in(const char* window, const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(window);
+}
 
 }  // namespace
 
@@ -52,17 +53,26 @@ char* shared_memory_of(unsigned cta) {
 
 void map_shared(Cta& cta) {
   if (machine.mapped == &cta) return;
-  void* memory = mmap(kWindow, kSharedStride, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, shared_file, cta.index * kSharedStride);
+  machine.mapped = &cta;
+  if (machine.window == nullptr) return;
+  void* memory = mmap(machine.window, kSharedStride, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, shared_file,
+                      cta.index * kSharedStride);
   if (memory == MAP_FAILED) {
     perror("emulator: shared memory cannot be mapped");
     abort();
   }
-  machine.mapped = &cta;
 }
 
 uint32_t shared_address(const void* pointer, Place place) {
-  enter("shared_address", place);
-  const uintptr_t offset = window_offset(pointer);
+  Thread& thread = enter("shared_address", place);
+  if (machine.window == nullptr) {
+    const bool aligned = offset_in(mla_hopper::ring_smem, pointer) < kSharedStride;
+    machine.window = aligned ? mla_hopper::ring_smem : mla_hopper::dynamic_smem;
+    machine.shared_base = 1024 + (aligned ? 0 : 16 * (machine.random() % 64));
+    machine.mapped = nullptr;
+    map_shared(*thread.cta);
+  }
+  const uintptr_t offset = offset_in(machine.window, pointer);
   if (offset >= machine.launch.shared_bytes) fail("%p is not in shared memory", pointer);
   return machine.shared_base + offset;
 }
@@ -111,18 +121,22 @@ void touched_by_async_proxy(Cta& cta, Place place, uint32_t address, uint32_t by
 
 const Region& check_global(const void* pointer, uint64_t bytes, uint32_t alignment, bool write) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
-  const Region* nearest = nullptr;
+  const char* verb = write ? "writes" : "reads";
+  const Region* nearest = nullptr;  // before it
   for (const Region& region : machine.options.regions) {
-    if (at >= region.begin && at + bytes <= region.begin + region.bytes) {
-      if (at % alignment != 0) fail("%s + %lld is not aligned to %u bytes", region.name, static_cast<long long>(at - region.begin), alignment);
-      if (write && !region.writable) fail("writes to %s + %lld", region.name, static_cast<long long>(at - region.begin));
+    if (at < region.begin) continue;
+    const unsigned long long offset = at - region.begin;
+    if (offset + bytes <= region.bytes) {
+      if (at % alignment != 0) fail("%s + %llu is not aligned to %u bytes", region.name, offset, alignment);
+      if (write && !region.writable) fail("writes to %s + %llu", region.name, offset);
       return region;
     }
-    if (at >= region.begin && (nearest == nullptr || region.begin > nearest->begin)) nearest = &region;
+    if (nearest == nullptr || region.begin > nearest->begin) nearest = &region;
   }
-  if (nearest == nullptr) fail("%s %llu bytes at %p, before every tensor", write ? "writes" : "reads", static_cast<unsigned long long>(bytes), pointer);
-  fail("%s %llu bytes at %s + %lld, which has %llu bytes", write ? "writes" : "reads", static_cast<unsigned long long>(bytes),
-       nearest->name, static_cast<long long>(at - nearest->begin), static_cast<unsigned long long>(nearest->bytes));
+  const unsigned long long count = bytes;
+  if (nearest == nullptr) fail("%s %llu bytes at %p, before every tensor", verb, count, pointer);
+  fail("%s %llu bytes at %s + %llu, which has %llu bytes", verb, count, nearest->name,
+       static_cast<unsigned long long>(at - nearest->begin), static_cast<unsigned long long>(nearest->bytes));
 }
 
 void plain_access(const void* pointer, uint32_t bytes, bool write) {
@@ -130,8 +144,8 @@ void plain_access(const void* pointer, uint32_t bytes, bool write) {
   if (thread == nullptr) return;  // host code
   const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
   if (at - reinterpret_cast<uintptr_t>(thread->fiber.stack) < kStackBytes) return;
-  const uintptr_t offset = window_offset(pointer);
-  if (offset < kSharedStride) {
+  const uintptr_t offset = offset_in(machine.window, pointer);
+  if (machine.window != nullptr && offset < kSharedStride) {
     const uint32_t address = machine.shared_base + offset;
     shared_at(*thread->cta, address, bytes, bytes);
     write ? wrote_shared(*thread, address, bytes) : thread_reads(*thread, address, bytes);

@@ -32,8 +32,8 @@ void race(const char* what, const char* where, const Cta& cta, const Access& oth
   const Place place = places[other.place];
   const Place here = machine.blame ? machine.blame->place : machine.current->place;
   if (what[0] == 'r' ? race_is_allowed(here, place) : how[0] == 'r' && race_is_allowed(place, here)) return;
-  fail("a race: %s %s, which %s %s at or after %s:%d, and nothing orders the two", what, where, agent_name(cta, other.agent).c_str(),
-       how, file_name(place), place.line);
+  fail("a race: %s %s, which %s %s at or after %s:%d, and nothing orders the two", what, where,
+       agent_name(cta, other.agent).c_str(), how, file_name(place), place.line);
 }
 
 std::string shared_word(uint32_t word) {
@@ -143,7 +143,9 @@ struct Rewrite {
 };
 std::unordered_map<const Thread*, std::vector<Rewrite>> rewrites;
 
-uint32_t word_at(const Region& region, uintptr_t offset) { return *reinterpret_cast<const uint32_t*>(region.begin + (offset & ~3ull)); }
+uint32_t word_at(const Region& region, uintptr_t offset) {
+  return *reinterpret_cast<const uint32_t*>(region.begin + (offset & ~3ull));
+}
 
 }  // namespace
 
@@ -187,13 +189,16 @@ void tensor_core_reads(Cta& cta, uint16_t agent, uint32_t epoch, const Clock& cl
 
 void copy_writes(Thread& issuer, const Copy& copy) {
   const Access access = {copy.epoch, copy.agent, number_of(copy.place)};
-  write_words(*copy.cta, access, issuer.clock.own, first_word(copy.destination), last_word(copy.destination, copy.bytes));
+  const uint32_t first = first_word(copy.destination), last = last_word(copy.destination, copy.bytes);
+  write_words(*copy.cta, access, issuer.clock.own, first, last);
 }
 
 void thread_reads_global(Thread& thread, const Region& region, uintptr_t offset, uint32_t bytes) {
   const GlobalWrite* words = global_words(region, offset);
   for (uint32_t i = 0; i < (bytes + 3) / 4; ++i) {
-    if (words[i].access.epoch == 0) fail("reads %s + %zu, which nobody has written in this launch", region.name, offset + 4 * i);
+    if (words[i].access.epoch == 0) {
+      fail("reads %s + %zu, which nobody has written in this launch", region.name, offset + 4 * i);
+    }
     if (!knows_of(thread, words[i])) global_race("reads", region, offset + 4 * i, words[i]);
   }
 }

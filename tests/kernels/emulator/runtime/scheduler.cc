@@ -179,7 +179,9 @@ void run_until_done() {
       }
       run_warp(*warp);
       if (++steps % 16 == 0) wake_watchers();
-      if (!machine.copies.empty() && machine.one_in(machine.copy_rate)) execute_copy(machine.random() % machine.copies.size());
+      if (!machine.copies.empty() && machine.one_in(machine.copy_rate)) {
+        execute_copy(machine.random() % machine.copies.size());
+      }
       if (machine.one_in(machine.product_rate)) {
         Warp& lucky = warp->cta->warps[machine.random() % warp->cta->warps.size()];
         if (products_waiting(lucky)) execute_product(lucky);

@@ -111,8 +111,8 @@ std::shared_ptr<const Clock> known(Warp& warp) {
 
 bool issue(Warp& warp, void* const* arguments) {
   const auto& first = *static_cast<const WarpgroupProduct*>(arguments[0]);
-  PendingProduct pending = {first, {}, in_flight(warp, first.accumulators), warp.open_group, ++warp.product_epoch, known(warp),
-                            false, warp.collective_place};
+  PendingProduct pending = {first,       {},    in_flight(warp, first.accumulators), warp.open_group, ++warp.product_epoch,
+                            known(warp), false, warp.collective_place};
   for (int lane = 1; lane < 32; ++lane) {
     const auto& other = *static_cast<const WarpgroupProduct*>(arguments[lane]);
     if (other.a != first.a || other.b != first.b || other.accumulate != first.accumulate) {
