@@ -1,4 +1,4 @@
-"""The custom op, the auto backend, workloads and the bench."""
+"""The auto backend, workloads and the bench."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels.custom_op
 from kernels import Backend, Problem, available_backends, get_backend
 from kernels.auto import AutoBackend
 from kernels.bench import main, measure
@@ -23,26 +22,6 @@ from kernels.reference import (
 )
 from kernels.timing import interleaved, summarize
 from kernels.workloads import PRESETS, Case, make_inputs, parse_workload
-
-
-def test_custom_op_passes_torchs_own_checks(cpu: Backend) -> None:
-    arguments = (*make_inputs([70, 3], h_q=4).arguments(), "cpu")
-    torch.library.opcheck(kernels.custom_op.decode, arguments)
-    out, lse = torch.ops.mla.decode(*arguments)
-    expected = cpu(*arguments[:-1])
-    assert torch.equal(out, expected[0])
-    assert torch.equal(lse, expected[1])
-
-
-def test_custom_op_under_torch_compile() -> None:
-    arguments = make_inputs([70, 3], h_q=4).arguments()
-
-    def layer(q: torch.Tensor) -> torch.Tensor:
-        out, _ = torch.ops.mla.decode(q * 2, *arguments[1:], "cpu")
-        return out.float().sum(-1)
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(arguments[0]), layer(arguments[0]))
 
 
 def test_auto_takes_a_correct_backend_once_a_class() -> None:
