@@ -37,6 +37,6 @@ class GenerationDefaults:
         return cls(
             temperature=temperature,
             top_p=value("top_p", 1e-6, 1),
-            top_k=value("top_k", 0, 1 << 31, whole=True),
+            top_k=value("top_k", 0, (1 << 31) - 1, whole=True),
             max_tokens=value("max_new_tokens", 1, 1 << 31, whole=True),
         )

@@ -57,7 +57,7 @@ def _probabilities(logits: Tensor, sequences: Many[Sequence]) -> Tensor:
     if limited:
         rows = torch.tensor(limited, device=logits.device)
         size = logits.shape[-1]
-        top_k = column([min(settings[row].top_k or size, size) for row in limited])
+        top_k = column([settings[row].top_k or size for row in limited])
         p[rows] = _limited(logits[rows], top_k, column([settings[row].top_p for row in limited]))
     return p
 

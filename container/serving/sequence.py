@@ -40,7 +40,8 @@ class Sampling:
     def __post_init__(self) -> None:
         self._check("max_tokens", self.max_tokens >= 1, "at least 1")
         self._check("temperature", 0 <= self.temperature <= 100, "between 0 and 100")
-        self._check("top_k", self.top_k >= 0, "at least 0")
+        # a step holds those of all its rows in one tensor, and a number that is too large would end them all
+        self._check("top_k", 0 <= self.top_k < 1 << 31, f"between 0 and {(1 << 31) - 1}")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit whole number")
         self._check("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty")

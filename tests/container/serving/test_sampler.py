@@ -38,7 +38,7 @@ def frequencies(**settings: object) -> torch.Tensor:
         ({"temperature": 1.0, "top_p": 0.7}, 2),  # 0.63 + 0.23 crosses 0.7
         ({"temperature": 1.0, "top_p": 0.01}, 1),
         ({"temperature": 1.0, "top_p": 1e-60}, 1),  # no float32 above 0
-        ({"temperature": 1.0, "top_k": 1 << 80}, 5),
+        ({"temperature": 1.0, "top_k": (1 << 31) - 1}, 5),
         ({"temperature": 1.0, "top_k": 2, "top_p": 0.99}, 2),
     ],
 )
@@ -93,6 +93,7 @@ def test_logprobs() -> None:
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_k": -1},
+        {"top_k": 1 << 31},
         {"stop": ("",)},
         {"logprobs": 21},
         {"seed": 2**63},

@@ -264,6 +264,8 @@ def test_stop_strings(server: Server) -> None:
         (b'{"prompt": "a", "max_tokens": 600}', 400, "max_tokens", "limit of 512"),
         (b'{"prompt": "a", "temperature": -1}', 400, "temperature", "between"),
         (b'{"prompt": "a", "top_p": 2}', 400, "top_p", "at most 1"),
+        (b'{"prompt": "a", "top_k": 1e6}', 400, "top_k", "integer"),
+        (b'{"prompt": "a", "temperature": 1, "top_k": 9223372036854775808}', 400, "top_k", "between 0"),
         (b'{"prompt": "a", "n": 99}', 400, "n", "16"),
         (b'{"prompt": "a", "model": "gpt"}', 400, "model", "not served"),
         (b'{"messages": []}', 400, "messages", "at least 1"),
@@ -379,11 +381,6 @@ def test_a_body_that_says_it_is_too_long_is_not_waited_for(server: Server) -> No
     with socket.create_connection((url.host, url.port), timeout=10) as connection:
         connection.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
-
-
-def test_a_huge_top_k_hurts_nobody(server: Server) -> None:
-    body = {"prompt": "a", "max_tokens": 2, "temperature": 1, "top_k": 1 << 80}
-    assert post(server, **body).status_code == 200
 
 
 def test_a_client_that_goes_away_frees_its_pages(server: Server) -> None:
