@@ -8,7 +8,8 @@ from container.serving.batch import Batch
 from container.serving.cache import LatentCache
 from container.serving.checkpoint import ModelConfig
 from container.serving.fused import add_norm, on_triton
-from container.serving.layers import Attention, MixtureOfExperts, Mlp, rotary_table
+from container.serving.layers import Attention, Mlp, rotary_table
+from container.serving.moe import MixtureOfExperts
 from container.serving.weights import Loader
 
 
