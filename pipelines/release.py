@@ -35,7 +35,7 @@ def get_pipeline(settings: Settings) -> sdk.CanonicalPipeline:
     model = create_model(build, pull, kernel, evaluation)
     config = create_endpoint_config(build, model)
     endpoint = deploy_staging(build, config)
-    smoke = smoke_test(build, evaluation, endpoint)
+    smoke = smoke_test(build, evaluation, config, endpoint)
     package = register_model(build, pull, kernel, evaluation, smoke)
     record = record_release(build, pull, kernel, evaluation, package, endpoint)
     passed = [model, config, endpoint, smoke, package, record]
@@ -205,13 +205,18 @@ def deploy_staging(build: Builder, config: EndpointConfigStep) -> EndpointStep:
     return build.endpoint("DeployStaging", "Serve the release on staging", build.p.StagingEndpointName, name)
 
 
-def smoke_test(build: Builder, evaluation: ProcessingStep, endpoint: EndpointStep) -> ProcessingStep:
-    """Asks staging over HTTP and compares with the tokens that Evaluate saw."""
+def smoke_test(
+    build: Builder, evaluation: ProcessingStep, config: EndpointConfigStep, endpoint: EndpointStep
+) -> ProcessingStep:
+    """Asks staging over HTTP while it serves this release; the tokens must be those that Evaluate saw."""
     return build.job(
         "SmokeTest",
         "smoke_test",
         description="Invoke staging and compare its answer with the evaluation's",
-        arguments={"--endpoint-name": endpoint.properties.EndpointName},
+        arguments={
+            "--endpoint-name": endpoint.properties.EndpointName,
+            "--endpoint-config-name": config.properties.EndpointConfigName,
+        },
         inputs={"evaluation": output_uri(evaluation, "evaluation")},
         outputs=("smoke",),
     )

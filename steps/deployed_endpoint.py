@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, HTTPClientError
 
 from steps import aws
 from steps.job import StepError, log
@@ -76,19 +76,24 @@ def wait_until_settled(sagemaker: Any, name: str, timeout: float) -> Endpoint | 
     Returns:
         the settled endpoint; None when it was being deleted and is gone.
     Raises:
-        StepError: it still moved after `timeout` seconds.
+        StepError: it still moved, or could not be asked, after `timeout` seconds.
     """
-    deadline, poll, shown = time.monotonic() + timeout, FIRST_POLL_SECONDS, ""
+    deadline, poll, shown, status = time.monotonic() + timeout, FIRST_POLL_SECONDS, "", "not to be asked"
     while True:
-        endpoint = Endpoint.find(sagemaker, name)
-        if endpoint and endpoint.progress != shown:
-            shown = endpoint.progress
-            log.info("%s: %s", name, shown)
-        if not endpoint or not endpoint.moving:
-            return endpoint
+        try:
+            endpoint = Endpoint.find(sagemaker, name)
+        except HTTPClientError as error:  # the service goes on with it, whoever can ask
+            log.warning("no answer about %s: %s", name, error)
+        else:
+            if endpoint and endpoint.progress != shown:
+                shown = endpoint.progress
+                log.info("%s: %s", name, shown)
+            if not endpoint or not endpoint.moving:
+                return endpoint
+            status = endpoint.status
         if time.monotonic() > deadline:
             raise StepError(
-                f"Endpoint '{name}' is still {endpoint.status} after {timeout:.0f} s.",
+                f"Endpoint '{name}' is still {status} after {timeout:.0f} s.",
                 "The service goes on with it: look at the endpoint, then start the pipeline again, "
                 "which waits for an update in progress.",
             )

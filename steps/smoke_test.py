@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from steps import aws
+from steps.deployed_endpoint import Endpoint
 from steps.job import Job, StepError, log, run
 
 
@@ -24,17 +25,21 @@ class Answer:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint-name", required=True)
+    parser.add_argument("--endpoint-config-name", required=True, help="what this release deployed there")
 
 
 def main(job: Job) -> None:
     """Invoke the endpoint with the evaluation's prompt, compare token ids, and write smoke/smoke.json."""
     smoke = job.read_json("evaluation", "evaluation.json")["model"]["smoke"]
-    runtime = aws.client("sagemaker-runtime")
+    sagemaker, runtime = aws.client("sagemaker"), aws.client("sagemaker-runtime")
     endpoint: str = job.args.endpoint_name
+    config: str = job.args.endpoint_config_name
+    require_ours(sagemaker, endpoint, config)
     first = invoke(runtime, endpoint, smoke["prompt"], smoke["max_tokens"])
     compare(endpoint, smoke["token_ids"], first)
     second = invoke(runtime, endpoint, smoke["prompt"], smoke["max_tokens"])  # warm connection, warm caches
     compare(endpoint, smoke["token_ids"], second)
+    require_ours(sagemaker, endpoint, config)
     log.info(
         "%s answered %d tokens as evaluated: first call %.0f ms, second %.0f ms",
         endpoint,
@@ -49,6 +54,7 @@ def main(job: Job) -> None:
             "schema_version": 1,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "endpoint_name": endpoint,
+            "endpoint_config_name": config,
             "prompt": smoke["prompt"],
             "max_tokens": smoke["max_tokens"],
             "token_ids": second.token_ids,
@@ -59,6 +65,20 @@ def main(job: Job) -> None:
             "tokens_per_s": round(len(second.token_ids) / second.milliseconds * 1e3, 2),
         },
     )
+
+
+def require_ours(sagemaker: Any, name: str, config: str) -> None:
+    """Raise StepError unless all of the endpoint serves this release.
+
+    Another one may move it meanwhile, and an update that was rolled back ends InService with the one before.
+    """
+    endpoint = Endpoint.find(sagemaker, name)
+    if not endpoint or not endpoint.serves(config):
+        found = f"is {endpoint.status} with {endpoint.config}" if endpoint else "is gone"
+        raise StepError(
+            f"Endpoint '{name}' {found}, this release deployed {config}.",
+            "It was rolled back (read its log group), or another release moved it: start again after that.",
+        )
 
 
 def invoke(runtime: Any, endpoint: str, prompt: str | list[int], max_tokens: int) -> Answer:

@@ -111,6 +111,7 @@ RECORDED: list[tuple[str, str, str, dict[str, Any]]] = [
     ("Evaluate", "s3", "ListObjectsV2", {"Bucket": BUCKET, "Prefix": f"{RUN}/PullModel/model/"}),
     ("Evaluate", "s3", "GetObject", {"Bucket": BUCKET, "Key": f"{RUN}/PullModel/model/MLmodel"}),
     ("SmokeTest", "sagemaker-runtime", "InvokeEndpoint", {"EndpointName": "mla-staging"}),
+    ("SmokeTest", "sagemaker", "DescribeEndpoint", {"EndpointName": "mla-staging"}),
     ("RecordRelease", "secretsmanager", "GetSecretValue", {"SecretId": SECRET}),
     ("VerifyPackage", "sagemaker", "DescribeModelPackage", {"ModelPackageName": PACKAGE}),
     ("VerifyPackage", "s3", "ListObjectsV2", {"Bucket": BUCKET, "Prefix": f"{RUN}/PullModel/model/"}),

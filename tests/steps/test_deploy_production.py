@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import boto3
 import pytest
+from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
 from botocore.stub import ANY, Stubber
 
 from steps import aws, deploy_production, deployed_endpoint
@@ -347,3 +348,24 @@ def test_a_key_is_asked_for_only_where_the_service_takes_one(service, instance, 
         request | ({"KmsKeyId": policy.kms_key} if asked else {}),
     )
     deploy_production.ensure_endpoint_config(aws.client("sagemaker"), MODEL, instance, 1, policy)
+
+
+def test_a_lost_connection_does_not_end_the_watch(monkeypatch):
+    """The update goes on without us; ending the step would leave production moved and nothing recorded."""
+    found = [
+        ConnectionClosedError(endpoint_url="https://x"),
+        ReadTimeoutError(endpoint_url="https://x"),
+        None,
+    ]
+
+    def find(sagemaker, name):
+        one = found.pop(0)
+        if one:
+            raise one
+
+    monkeypatch.setattr(deployed_endpoint, "FIRST_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(deployed_endpoint.Endpoint, "find", find)
+    assert deployed_endpoint.wait_until_settled(None, ENDPOINT, 10) is None
+    found[:] = [ConnectionClosedError(endpoint_url="https://x")] * 2
+    with pytest.raises(StepError, match="still not to be asked after 0 s"):
+        deployed_endpoint.wait_until_settled(None, ENDPOINT, 0)

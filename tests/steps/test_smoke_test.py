@@ -2,6 +2,7 @@
 
 import io
 import json
+from datetime import UTC, datetime
 
 import boto3
 import pytest
@@ -12,19 +13,35 @@ from steps import aws, smoke_test
 from steps.job import StepError
 from tests.steps.support import StepRun
 
+CONFIG, NOW = "mla-release-abc", datetime(2026, 11, 24, tzinfo=UTC)
 SMOKE = {"prompt": "The assert", "max_tokens": 3, "token_ids": [4, 5, 6], "text": " abc"}
 BODY = b'{"prompt": "The assert", "max_tokens": 3, "temperature": 0, "return_token_ids": true}'
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    client = boto3.client(
-        "sagemaker-runtime", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
-    )
-    monkeypatch.setattr(aws, "client", lambda name: client)
-    with Stubber(client) as stubber:
+    keys = {"region_name": "us-east-1", "aws_access_key_id": "x", "aws_secret_access_key": "x"}
+    clients = {name: boto3.client(name, **keys) for name in ("sagemaker", "sagemaker-runtime")}
+    monkeypatch.setattr(aws, "client", clients.__getitem__)
+    with Stubber(clients["sagemaker-runtime"]) as stubber, Stubber(clients["sagemaker"]) as control:
+        stubber.control = control
+        serves(stubber)
         yield stubber
         stubber.assert_no_pending_responses()
+        control.assert_no_pending_responses()
+
+
+def serves(stubber: Stubber, config: str = CONFIG, status: str = "InService") -> None:
+    """What DescribeEndpoint answers next."""
+    described = {
+        "EndpointName": "mla-staging",
+        "EndpointArn": "arn:aws:sagemaker:us-east-1:123456789012:endpoint/mla-staging",
+        "EndpointConfigName": config,
+        "EndpointStatus": status,
+        "CreationTime": NOW,
+        "LastModifiedTime": NOW,
+    }
+    stubber.control.add_response("describe_endpoint", described, {"EndpointName": "mla-staging"})
 
 
 def answers(stubber: Stubber, raw: bytes) -> None:
@@ -47,12 +64,13 @@ def completion(*token_ids: int) -> bytes:
 
 def smoke(tmp_path) -> StepRun:
     run = StepRun(smoke_test, tmp_path).give("evaluation", "evaluation.json", {"model": {"smoke": SMOKE}})
-    return run.start(endpoint_name="mla-staging")
+    return run.start(endpoint_name="mla-staging", endpoint_config_name=CONFIG)
 
 
 def test_equal_tokens_pass_and_the_warm_call_is_timed(endpoint, tmp_path):
     answers(endpoint, completion(4, 5, 6))
     answers(endpoint, completion(4, 5, 6))
+    serves(endpoint)
     document = smoke(tmp_path).json("smoke", "smoke.json")
     assert document["token_ids"] == [4, 5, 6]
     assert document["tokens_equal"] is True
@@ -83,4 +101,16 @@ def test_the_containers_own_error_reaches_the_message(endpoint, tmp_path):
         "invoke_endpoint", "ModelError", 'Received server error (500): "NaN in logits"', 424
     )
     with pytest.raises(StepError, match=r"ModelError.*NaN in logits.*/aws/sagemaker/Endpoints/mla-staging"):
+        smoke(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "status"), [("mla-release-other", "InService"), (CONFIG, "Updating"), (CONFIG, "Failed")]
+)
+def test_another_releases_answer_is_none(endpoint, tmp_path, config, status):
+    """The same tokens prove nothing when another release, or the one before a rollback, gave them."""
+    answers(endpoint, completion(4, 5, 6))
+    answers(endpoint, completion(4, 5, 6))
+    serves(endpoint, config, status)
+    with pytest.raises(StepError, match=f"is {status} with {config}, this release deployed {CONFIG}"):
         smoke(tmp_path)
