@@ -6,6 +6,7 @@ refused with the file, the key and the remedy.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,6 +22,8 @@ from pipelines.strict import Strict, Text
 CONFIG = Path(__file__).resolve().parent.parent / "config"
 NAME = r"^[a-zA-Z0-9](-*[a-zA-Z0-9])*$"  # SageMaker's EntityName
 GROUP = r"^(arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:model-package-group/)?[a-zA-Z0-9](-*[a-zA-Z0-9])*$"
+
+_URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s?#]+@")
 
 ROLES = (
     "PullModel",
@@ -40,6 +43,22 @@ Name = Annotated[str, StringConstraints(pattern=NAME, max_length=48)]
 Group = Annotated[str, StringConstraints(pattern=GROUP)]  # a name; the ARN of another account's
 Account = Annotated[str, StringConstraints(pattern=r"^\d{12}$")]
 RoleArn = Annotated[str, StringConstraints(pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")]
+
+
+def _no_credentials(uri: str) -> str:
+    if _URL_CREDENTIALS.search(uri):
+        raise ValueError("a definition is no place for credentials: store them as mlflow.secret_arn says")
+    return uri
+
+
+def _secret_arn(value: str) -> str:
+    if not re.fullmatch(r"arn:aws[a-z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secret:\S+", value):
+        raise ValueError("expected the ARN of a Secrets Manager secret, never the secret itself")
+    return value
+
+
+Address = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_credentials)]
+SecretArn = Annotated[str, AfterValidator(_secret_arn)]
 Schedule = Annotated[str, AfterValidator(schedule.check)]
 
 
@@ -61,10 +80,10 @@ class Network(Strict):
 class Mlflow(Strict):
     """Where the models come from."""
 
-    tracking_uri: Text
-    registry_uri: Text
-    host: str | None = None
-    secret_arn: str | None = None
+    tracking_uri: Address
+    registry_uri: Address
+    host: Address | None = None
+    secret_arn: SecretArn | None = None
     allow_pickled_weights: bool = False
 
     def variables(self) -> dict[str, str]:
@@ -318,4 +337,5 @@ def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]], e
     if first["type"] == "missing":
         return UserError(f"key '{key}' is missing", where, f"add it to config/{environment}.yaml")
     words = first["msg"].removeprefix("Value error, ")
-    return UserError(f"{key} = {first['input']!r} is wrong", where, words[0].lower() + words[1:])
+    value = "…" if key == "mlflow.secret_arn" else _URL_CREDENTIALS.sub("***@", repr(first["input"]))
+    return UserError(f"{key} = {value} is wrong", where, words[0].lower() + words[1:])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def test_an_override_wins_and_settings_are_frozen() -> None:
     ("key", "value", "words"),
     [
         ("mlflow.trackin_uri", "x", ["unknown key 'mlflow.trackin_uri'", "did you mean 'tracking_uri'?"]),
+        ("mlflow.tracking_uri", "https://me:hunter2@host/x", ["'https://***@host/x'", "mlflow.secret_arn"]),
+        ("mlflow.host", "https://dapi0123@host", ["'https://***@host'", "no place for credentials"]),
+        ("mlflow.secret_arn", "dapi0123456789abcdef", ["mlflow.secret_arn = …", "never the secret itself"]),
         ("buckett", "x", ["unknown key 'buckett'", "did you mean 'bucket'?"]),
         (
             "roles.PulModel",
@@ -70,6 +74,7 @@ def test_a_wrong_key_or_value_is_refused_with_its_place(key: str, value: object,
         Settings.load("local", {key: value})
     assert all(word in str(error.value) for word in words), str(error.value)
     assert f"override {key}" in str(error.value)
+    assert not {"hunter2", "dapi0123"} & set(re.findall(r"\w+", str(error.value)))
 
 
 def test_an_account_that_neither_releases_nor_deploys_is_refused() -> None:
