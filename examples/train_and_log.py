@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -53,7 +54,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("steps", "batch", "length"):  # an untrained model must not become the champion
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    if re.fullmatch(r"latest|v\d+", options.alias, re.IGNORECASE):  # MLflow says so only after the training
+        parser.error(f"--alias {options.alias}: MLflow reserves it")
+    return options
 
 
 def documentation() -> bytes:

@@ -146,3 +146,13 @@ def test_transformers_gives_the_same_text_as_the_engine(folder: Path) -> None:
         EngineGenerator(checkpoint, kv_cache_dtype="float32").generate(["The statement "], **settings)
         == expected
     )
+
+
+@pytest.mark.parametrize("option", ["--steps 0", "--batch -1", "--length 0", "--alias v1"])
+def test_options_that_would_spoil_the_model_are_refused_at_once(option: str, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    from train_and_log import parse_arguments
+
+    with pytest.raises(SystemExit):
+        parse_arguments(option.split())
+    assert f"error: {option}: " in capsys.readouterr().err
