@@ -18,7 +18,7 @@ from tests.kernels.emulator import EmulatedFailure, Emulator, build
 from tests.kernels.hopper_cases import BF16, CASES, FP8, FP16, row_tiles
 
 COUNTERS = 2048  # bytes of the workspace, kCounterBytes of mla_decode.cu
-SMALL = 60  # row tiles; cases of more are slow here
+SMALL = 60  # row tiles; `python -m tests.kernels.emulator` runs the cases of more, in minutes
 DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP8))  # of q and the cache
 VARIANTS = {
     f"{name} {kv}".replace("torch.", ""): (heads, q, kv)
@@ -42,9 +42,7 @@ def seed_of(case: CheckCase) -> int:
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16bit", "fp8"])
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(one, marks=[] if row_tiles(one) <= SMALL else pytest.mark.slow) for one in CASES],
-    ids=lambda case: case.name,
+    "case", [one for one in CASES if row_tiles(one) <= SMALL], ids=lambda case: case.name
 )
 def test_matches_the_definition(emulated: Path, case: CheckCase, fp8: bool) -> None:
     """Within the bounds of kernels.checks, as on a GPU."""
@@ -120,6 +118,20 @@ def test_an_index_out_of_range_is_found(emulated: Path, heads: int, kv: torch.dt
     inputs.block_table[0, 2] = inputs.k_cache.shape[0]
     with pytest.raises(EmulatedFailure, match=rf"kernel.*CTA \d.*warp \d.*\.cuh:\d+: .*{words}"):
         Emulator(emulated, 3)(*inputs.arguments())
+
+
+def test_debug_build_names_the_index_out_of_range() -> None:
+    """As test_hopper.py says it for a GPU."""
+    emulator = Emulator(build("-DMLA_DEBUG", "-O0"), 3)
+    inputs = case((70, 130), 1, 4, BF16, BF16).inputs(seed=8)
+    for index in (-1, inputs.k_cache.shape[0]):
+        table = inputs.block_table.clone()
+        table[1, 2] = index
+        with pytest.raises(EmulatedFailure, match=rf"^block_table\[1, 2\] is {index}, expected 0 to "):
+            emulator(inputs.q, inputs.k_cache, table, *inputs.arguments()[3:])
+    lengths = torch.tensor([70, 1000], dtype=torch.int32)
+    with pytest.raises(EmulatedFailure, match=r"^cache_seqlens\[1\] is 1000, expected 0 to "):
+        emulator(inputs.q, inputs.k_cache, inputs.block_table, lengths, *inputs.arguments()[4:])
 
 
 def place_of(file: str, text: str) -> str:

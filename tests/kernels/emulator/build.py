@@ -1,13 +1,13 @@
-"""Compile the kernels' sources with the emulator into one library, cached by content."""
+"""Compile the kernels' sources and the emulator into one library; both parts are cached by content."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,35 +17,59 @@ from kernels.package import LIBRARY
 from kernels.targets import SOURCE_ROOT
 
 EMULATOR = Path(__file__).resolve().parent
+RUNTIME = "libemulator.a"
 FLAGS = ("-std=c++17", "-g1", "-march=native", "-fPIC", "-Wall", "-Wextra")
 RUNTIME_FLAGS = ("-O3",)
-# The sanitizers' calls are answered by runtime/memory.cc: each plain access of a kernel is checked.
+# The sanitizers' calls are answered by runtime/sanitizer.cc: each plain access of a kernel is checked.
 KERNEL_FLAGS = (
     "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-fsanitize=thread", "-fsanitize=alignment",
     "--param=tsan-instrument-func-entry-exit=0",
 )  # fmt: skip
 
 
-def build(cache_dir: Path | None = None) -> Path:
+def build(*more_flags: str, cache_dir: Path | None = None) -> Path:
     """The library with the emulated hopper target; compiled when the cache has none of the same content.
 
-    RuntimeError with the compiler's message when it fails.
+    `more_flags` are for the kernels. RuntimeError with the compiler's message when it fails.
     """
-    compiler = tuple(shlex.split(os.environ.get("CXX", ""))) or ("g++",)
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(repr((version, _machine(), FLAGS, RUNTIME_FLAGS, KERNEL_FLAGS)).encode())
-    for path in _sources():
+    compiler = [*(shlex.split(os.environ.get("CXX", "")) or ["g++"]), *FLAGS, f"-I{EMULATOR}"]
+    cache = cache_dir or default_cache_dir()
+    runtime = _cached(
+        cache,
+        "emulator-runtime",
+        [*compiler, *RUNTIME_FLAGS],
+        sorted((EMULATOR / "runtime").iterdir()),
+        _compile_runtime,
+    )
+    sources = [
+        *sorted((SOURCE_ROOT / "hopper").iterdir()),
+        SOURCE_ROOT / "mla_decode.h",
+        *sorted((EMULATOR / "cuda").iterdir()),
+        *sorted((EMULATOR / "device").iterdir()),
+    ]
+    library = _cached(
+        cache,
+        "emulator",
+        [*compiler, *KERNEL_FLAGS, *more_flags],
+        [*sources, runtime / RUNTIME],
+        lambda command, folder: _compile_kernels(command, folder, runtime / RUNTIME),
+    )
+    return library / LIBRARY
+
+
+def _cached(
+    cache: Path, name: str, command: list[str], inputs: list[Path], fill: Callable[[list[str], Path], None]
+) -> Path:
+    """The folder that `fill` made of `command` and `inputs`, by running it unless it is there."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(repr((version, _machine(), command[1:])).encode())
+    for path in inputs:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
-    folder = (cache_dir or default_cache_dir()) / f"emulator-{digest.hexdigest()[:32]}"
+    folder = cache / f"{name}-{digest.hexdigest()[:32]}"
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        publish_folder(folder, functools.partial(_compile, compiler), replace=False)
-    return folder / LIBRARY
-
-
-def _sources() -> list[Path]:
-    product = [SOURCE_ROOT / "mla_decode.h", *(SOURCE_ROOT / "hopper").iterdir()]
-    return sorted([*product, *(path for path in EMULATOR.rglob("*") if path.suffix in (".h", ".cuh", ".cc"))])
+        cache.mkdir(parents=True, exist_ok=True)
+        publish_folder(folder, lambda temporary: fill(command, temporary), replace=False)
+    return folder
 
 
 def _machine() -> str:
@@ -54,24 +78,28 @@ def _machine() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _compile(compiler: tuple[str, ...], folder: Path) -> None:
+def _compile_runtime(command: list[str], folder: Path) -> None:
+    units = {unit: folder / f"{unit.stem}.o" for unit in sorted((EMULATOR / "runtime").glob("*.cc"))}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(lambda unit: _run([*command, "-c", str(unit), "-o", str(units[unit])]), units))
+    _run(["ar", "rcsD", str(folder / RUNTIME), *map(str, units.values())])
+    for path in units.values():
+        path.unlink()
+
+
+def _compile_kernels(command: list[str], folder: Path, runtime: Path) -> None:
     """In a folder with the kernels' files, so that includes in quotes find the device's where they differ."""
     sources = folder / "sources"
     sources.mkdir()
     for path in (SOURCE_ROOT / "hopper").iterdir():
         replaced = EMULATOR / "device" / path.name
         (sources / path.name).symlink_to(replaced if replaced.exists() else path)
-    common = [*compiler, *FLAGS, f"-I{EMULATOR / 'cuda'}", f"-I{EMULATOR}", f"-I{SOURCE_ROOT}"]
-    kernel = [*common, *KERNEL_FLAGS, "-x", "c++", str(sources / "mla_decode.cu")]
-    commands = [[*kernel, "-c", "-o", str(folder / "kernel.o")]]
-    for unit in sorted((EMULATOR / "runtime").glob("*.cc")):
-        commands.append([*common, *RUNTIME_FLAGS, "-c", str(unit), "-o", str(folder / f"{unit.stem}.o")])
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        list(pool.map(_run, commands))
-    objects = sorted(folder.glob("*.o"))
-    _run([*compiler, "-shared", *map(str, objects), "-ldl", "-Wl,-z,defs", "-o", str(folder / LIBRARY)])
-    for path in objects:
-        path.unlink()
+    kernels = str(folder / "kernels.o")
+    includes = [f"-I{EMULATOR / 'cuda'}", f"-I{SOURCE_ROOT}"]
+    _run([*command, *includes, "-x", "c++", "-c", str(sources / "mla_decode.cu"), "-o", kernels])
+    whole_runtime = ["-Wl,--whole-archive", str(runtime), "-Wl,--no-whole-archive", "-ldl"]
+    _run([command[0], "-shared", kernels, *whole_runtime, "-Wl,-z,defs", "-o", str(folder / LIBRARY)])
+    Path(kernels).unlink()
     shutil.rmtree(sources)
 
 

@@ -110,9 +110,8 @@ void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
 void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes) {
   MBarrier& b = at(thread, barrier);
   b.unasked -= bytes;
-  if (b.unasked < 0) {
-    fail("%u bytes are %lld more than phase %u of 0x%x expects", bytes, static_cast<long long>(-b.unasked), b.phase, barrier);
-  }
+  const long long more = -b.unasked;
+  if (more > 0) fail("%u bytes are %lld more than phase %u of 0x%x expects", bytes, more, b.phase, barrier);
 }
 
 void complete_copy(const Copy& copy) {

@@ -87,7 +87,9 @@ void write_words(Cta& cta, const Access& access, const Epochs& known, uint32_t f
         ++i;
         continue;
       }
-      if (!covers(known, read.access) && !read_before_gathering(cta, known, read)) race("writes", shared_word(word).c_str(), cta, read.access, "reads");
+      if (!covers(known, read.access) && !read_before_gathering(cta, known, read)) {
+        race("writes", shared_word(word).c_str(), cta, read.access, "reads");
+      }
       read.words &= ~(1u << (word & 3));
       if (read.words != 0) {
         ++i;
