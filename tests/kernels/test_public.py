@@ -50,6 +50,51 @@ def test_auto_leaves_a_wrong_backend_out(monkeypatch: pytest.MonkeyPatch) -> Non
         AutoBackend()(*make_inputs([70], h_q=4).arguments())
 
 
+def test_auto_passes_over_a_backend_that_refuses_the_call(
+    cpu: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As hopper refuses some strides, which no problem describes."""
+
+    class Refusing:
+        name = "hopper"
+
+        def unsupported(self, problem: object) -> None:
+            return None
+
+        def __call__(self, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+            raise NotImplementedError("q_stride_seq=576 is not taken")
+
+    found = {"hopper": Refusing(), "cpu": cpu, "reference": get_backend("reference")}
+    monkeypatch.setattr("kernels.auto.available_backends", lambda *_: found)
+    assert AutoBackend().choose(*make_inputs([70], h_q=4).arguments()) is cpu
+    assert "hopper does not run" in caplog.text
+    assert "q_stride_seq=576 is not taken" in caplog.text
+    found.pop("cpu")
+    assert AutoBackend().choose(*make_inputs([70], h_q=4).arguments()).name == "reference"
+
+
+def test_auto_checks_as_many_rows_as_memory_allows(cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference gathers the cache in float32; beside a server's cache there is no room for all of it."""
+    rows: list[int] = []
+    reference = get_backend("reference")
+
+    class Counting:
+        def __call__(self, q: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+            rows.append(len(q))
+            return reference(q, *arguments)
+
+        def unsupported(self, problem: object) -> None:
+            return None
+
+    found = {"cpu": cpu, "reference": Counting()}
+    monkeypatch.setattr("kernels.auto.available_backends", lambda *_: found)
+    inputs = make_inputs([70, 3, 0, 100], h_q=4)
+    for allowed, checked in ((1 << 30, 4), (2 * 3 * 64 * 3 * 4 * (576 + 4), 2), (1, 1)):
+        monkeypatch.setattr("kernels.auto.CHECK_BYTES", allowed)
+        assert AutoBackend().choose(*inputs.arguments()) is cpu
+        assert rows.pop() == checked
+
+
 def test_auto_falls_back_to_the_reference() -> None:
     inputs = make_inputs([70], h_q=4, kv_lora_rank=24, rope_dim=8)
     assert AutoBackend().choose(*inputs.arguments()).name == "reference"
