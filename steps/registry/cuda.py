@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from steps.job import StepError
+
 # CUDA major version -> oldest driver branch that runs all its minor versions.
 # Source: NVIDIA, "CUDA Compatibility", Minor Version Compatibility, table 1
 # (docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
@@ -65,11 +67,20 @@ def check(torch: str | None, kernel: Path | None = None, ami: str | None = None)
         torch: CUDA version of torch, see torch_cuda.
         kernel: kernel artifact folder; its manifests say which compiler built each target.
         ami: InferenceAmiVersion of the endpoint.
+
+    Raises:
+        StepError: the folder holds no kernel, or a manifest that cannot be read.
     """
     rows = []
     needs = [("torch", torch)] if torch else []
-    for manifest in sorted(kernel.glob("*/manifest.json")) if kernel else []:
-        compiler = str(json.loads(manifest.read_text(encoding="utf-8")).get("compiler", ""))
+    manifests = sorted(kernel.glob("*/manifest.json")) if kernel else []
+    if kernel and not manifests:
+        raise StepError(f"{kernel} holds no kernel: no */manifest.json.", "Name CompileKernel's output.")
+    for manifest in manifests:
+        try:
+            compiler = str(json.loads(manifest.read_text(encoding="utf-8")).get("compiler", ""))
+        except (ValueError, AttributeError, OSError) as error:
+            raise StepError(f"{manifest} cannot be read: {error}.", "Build the kernel again.") from None
         if match := _NVCC.search(compiler):
             needs.append((f"kernel {manifest.parent.name}", match[1]))
     if torch:
@@ -109,11 +120,11 @@ def _driver_row(name: str, version: str, ami: str) -> CudaRow:
     minimum = MINIMUM_DRIVER.get(int(version.split(".")[0]))
     driver = AMI_DRIVER.get(ami)
     label = f"driver ({name}, CUDA {version})"
+    if minimum is None:
+        return CudaRow(label, "", str(driver or ""), "missing", f"CUDA {version} is not in the table")
     if driver is None:
         known = ", ".join(AMI_DRIVER)
         return CudaRow(label, f">={minimum}", "", "missing", f"'{ami}' is not in the table: {known}")
-    if minimum is None:
-        return CudaRow(label, "", str(driver), "missing", f"CUDA {version} is not in the table")
     if driver >= minimum:
         return CudaRow(label, f">={minimum}", str(driver), "compatible", ami)
     return CudaRow(

@@ -43,6 +43,8 @@ def _unsafe(path: str) -> str | None:
         return "is absolute or empty"
     if "\\" in path or any(ord(character) < 32 or ord(character) == 127 for character in path):
         return "holds a backslash or a control character"
+    if any(0xD800 <= ord(character) < 0xE000 for character in path):
+        return "is no Unicode text"  # half a surrogate pair, as JSON can hold it
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts):
         return "leaves the model folder"

@@ -37,6 +37,7 @@ from steps.registry.wanted import CONDA, Wanted, applies, model_requirements, pi
 
 IMAGE_VARIABLE = "MLA_IMAGE_REQUIREMENTS"
 _FILES = ("pyproject.toml", "constraints.txt")
+_NO_PACKAGES = ("python", "cuda")  # what pip does not install
 _BUILD_FOLDERS = (Path("/opt/build"), Path(__file__).resolve().parents[2])  # in the image; in a working tree
 
 
@@ -135,7 +136,9 @@ def table(rows: list[Row]) -> str:
 
 def image_requirements(rows: list[Row]) -> str:
     """What the image would have to get to be as the model wants: its conflicting and missing packages."""
-    wanted = [row for row in rows if row.verdict in ("conflicting", "missing") and row.name != "python"]
+    wanted = [
+        row for row in rows if row.verdict in ("conflicting", "missing") and row.name not in _NO_PACKAGES
+    ]
     return "".join(f"{row.name}{row.wanted}\n" for row in wanted)
 
 
@@ -169,6 +172,13 @@ def _installed(name: str) -> metadata.Distribution | None:
         return None
 
 
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StepError(f"Cannot write {file}: {error.strerror}.", "Name another file.") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module. Exit code 1 when there are conflicts, 2 when the model cannot be read."""
     from steps.registry.fetch import fetch_texts
@@ -186,13 +196,13 @@ def main(argv: list[str] | None = None) -> int:
             if not folder.is_dir():
                 folder = fetch_texts(args.model, Path(scratch))
             rows = check(folder, allow_conflicts=True)
+        if args.write:
+            _write(args.write, image_requirements(rows))
         rows += [Row(**asdict(row)) for row in cuda.check(cuda.torch_cuda(), args.kernel, args.ami)]
     except StepError as error:
         print(error, file=sys.stderr)
         return 2
     print(json.dumps([asdict(row) for row in rows], indent=2) if args.json else table(rows))
-    if args.write:
-        args.write.write_text(image_requirements(rows), encoding="utf-8")
     return int(any(row.verdict == "conflicting" for row in rows))
 
 

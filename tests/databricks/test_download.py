@@ -284,7 +284,20 @@ def test_accepted_paths_stay_below_the_folder(parts: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "", "../x", "a/../../x", "a//b", "a/./b", "C:/x", "a\\..\\x", "a\0b", "a\nb", "x" * 300],
+    [
+        "a\ud800",
+        "/etc/passwd",
+        "",
+        "../x",
+        "a/../../x",
+        "a//b",
+        "a/./b",
+        "C:/x",
+        "a\\..\\x",
+        "a\0b",
+        "a\nb",
+        "x" * 300,
+    ],
 )
 def test_paths_that_leave_or_cannot_be(path: str) -> None:
     with pytest.raises(StepError, match="nothing was downloaded"):

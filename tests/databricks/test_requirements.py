@@ -195,9 +195,10 @@ def test_the_image_requirements_are_what_is_lacking() -> None:
             "pandas": (">=2", ""),
             "torch": ("==2.13.0", ""),
             "python": ("==2.7", ""),
+            "cuda": ("==11.8", ""),
         },
         IMAGE,
-        None,
+        "13.0",
     )
     assert image_requirements(rows) == "numpy==1.26.4\npandas>=2\n"
 
@@ -254,6 +255,36 @@ def test_driver_and_kernel_against_torch(tmp_path: Path) -> None:
     good = cuda.check("13.0", None, "al2023-ami-sagemaker-inference-gpu-4-1")
     assert [row.verdict for row in good] == ["compatible"]
     assert cuda.check("13.0", None, "my-ami")[0].note.startswith("'my-ami' is not in the table")
+
+
+def test_what_no_table_knows_is_said() -> None:
+    [row] = cuda.check("14.0", None, "my-ami")
+    assert (row.verdict, row.wanted, row.note) == ("missing", "", "CUDA 14.0 is not in the table")
+    assert cuda.check(None, None, "my-ami") == []
+
+
+def test_what_is_written_is_for_pip(tmp_path: Path, monkeypatch) -> None:
+    """A driver that is too old is in the table, not in the file."""
+    monkeypatch.setattr(cuda, "torch_cuda", lambda: "13.0")
+    (tmp_path / "requirements.txt").write_text("numpy==1.26.4\n")
+    out = tmp_path / "out.txt"
+    ami = ["--ami", "al2-ami-sagemaker-inference-gpu-2"]
+    assert requirements.main([str(tmp_path), "--write", str(out), *ami]) == 1
+    assert out.read_text() == "numpy==1.26.4\n"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_kernel_that_is_none(content: str | None, tmp_path: Path, capsys) -> None:
+    if content:
+        (tmp_path / "hopper").mkdir()
+        (tmp_path / "hopper" / "manifest.json").write_text(content)
+    assert requirements.main([str(tmp_path), "--kernel", str(tmp_path)]) == 2
+    assert ("cannot be read" if content else "holds no kernel") in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path, capsys) -> None:
+    assert requirements.main([str(tmp_path), "--write", str(tmp_path / "absent" / "out.txt")]) == 2
+    assert "Cannot write" in capsys.readouterr().err
 
 
 def test_the_table_covers_every_gpu_ami_that_botocore_knows() -> None:
