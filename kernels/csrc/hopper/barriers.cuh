@@ -39,6 +39,14 @@ __device__ __forceinline__ void init_barriers(const Barriers<L>& barriers) {
   mbarrier_init_fence();
 }
 
+// Moves the beginning of dynamic shared memory on to the alignment of the swizzle's period; its 32-bit address.
+__device__ __forceinline__ uint32_t align_shared(char*& smem) {
+  const uint32_t unaligned = shared_address(smem);
+  const uint32_t base = (unaligned + 1023) & ~1023u;
+  smem += base - unaligned;
+  return base;
+}
+
 // A consumer warp is done with a piece.
 template <typename L>
 __device__ __forceinline__ void release(const Barriers<L>& barriers, uint32_t stage, int piece, int lane) {

@@ -22,9 +22,8 @@ mla_decode_kernel(const __grid_constant__ Params params, const __grid_constant__
                   const __grid_constant__ CUtensorMap cache_map) {
   MLA_TRACE(0);
   extern __shared__ char dynamic_smem[];
-  const uint32_t unaligned = shared_address(dynamic_smem);
-  const uint32_t base = (unaligned + 1023) & ~1023u;
-  char* smem = dynamic_smem + (base - unaligned);
+  char* smem = dynamic_smem;
+  const uint32_t base = align_shared(smem);
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;

@@ -223,9 +223,8 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   using L = typename Operands::L;
   using T = typename Operands::T;
   extern __shared__ char dynamic_smem[];
-  const uint32_t unaligned = shared_address(dynamic_smem);
-  const uint32_t base = (unaligned + 1023) & ~1023u;
-  char* smem = dynamic_smem + (base - unaligned);
+  char* smem = dynamic_smem;
+  const uint32_t base = align_shared(smem);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
   const NarrowBarriers<L> barriers(base + L::kBarriers);
