@@ -1,5 +1,6 @@
 """One request's state inside the engine, and how it wants its tokens chosen."""
 
+import reprlib
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from enum import Enum
 import torch
 
 from container.serving.tokenizer import Detokenizer
+
+LONGEST_STOP = 256
 
 
 class BadRequest(ValueError):
@@ -44,12 +47,16 @@ class Sampling:
         self._check("top_k", 0 <= self.top_k < 1 << 31, f"between 0 and {(1 << 31) - 1}")
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit whole number")
-        self._check("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty")
+        # the text is held against them at every token, in everybody's step: with 20,000 characters for 0.2 s
+        short = all(1 <= len(s) <= LONGEST_STOP for s in self.stop)
+        self._check(
+            "stop", len(self.stop) <= 16 and short, f"at most 16 texts of 1 to {LONGEST_STOP} characters"
+        )
         self._check("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
-            raise BadRequest(f"{name} is {getattr(self, name)!r}, expected {expected}", name)
+            raise BadRequest(f"{name} is {reprlib.repr(getattr(self, name))}, expected {expected}", name)
 
 
 class State(Enum):

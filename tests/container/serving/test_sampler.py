@@ -95,6 +95,7 @@ def test_logprobs() -> None:
         {"top_k": -1},
         {"top_k": 1 << 31},
         {"stop": ("",)},
+        {"stop": ("a" * 257,)},
         {"logprobs": 21},
         {"seed": 2**63},
     ],
