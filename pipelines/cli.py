@@ -88,7 +88,7 @@ def run(
             summary = chain.run(local, display, values, decide)
             _print_summary(summary, display)
             if keep:
-                typer.echo("Both endpoints stay up: mla-pipeline invoke TEXT. Ctrl-C ends them.")
+                typer.echo("What is deployed stays up: mla-pipeline invoke TEXT. Ctrl-C ends it.")
                 signal.pause()
 
 
@@ -290,7 +290,8 @@ def _ask(package: Package) -> str:
         typer.echo(f"  {name:<20} {package.metadata.get(name, '-')}")
     if not sys.stdin.isatty():
         typer.echo(
-            "No terminal to ask: version stays pending; approve with --approve or `mla-pipeline approve`."
+            "No terminal to ask: the version stays pending. Run with --approve, or with --keep and then "
+            "`mla-pipeline approve` in another terminal."
         )
         return ""
     return "Approved" if typer.confirm(f"Approve version {package.version} for production?") else "Rejected"

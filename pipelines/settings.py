@@ -279,12 +279,26 @@ def environments(folder: Path = CONFIG) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in ("base", "infrastructure"))
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML whose mappings hold a key once: a block pasted below another would silently replace it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key.value}' stands here a second time", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
         raise UserError("configuration file is missing", str(path), "restore it") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             "not valid YAML", f"{path}: {' '.join(str(error).split())}", "correct the file"
         ) from None

@@ -105,11 +105,22 @@ def test_a_missing_default_is_named(tmp_path: Path) -> None:
         Settings.load("local", folder=folder)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- a", ""])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [b"a: [", b"- a", b"", b"a: \xff", b"a: \0"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: bytes) -> None:
     folder = _copy(tmp_path)
-    (folder / "local.yaml").write_text(text)
+    (folder / "local.yaml").write_bytes(text)
     with pytest.raises(UserError, match=r"local\.yaml"):
+        Settings.load("local", folder=folder)
+
+
+def test_a_block_pasted_below_another_is_refused(tmp_path: Path) -> None:
+    """As `bootstrap` prints them; YAML would take the last one and lose the limits of the first."""
+    folder = _copy(tmp_path)
+    with (folder / "local.yaml").open("a") as file:
+        file.write("parameters:\n  release: {StagingEndpointName: mine}\n")
+    with pytest.raises(
+        UserError, match=r"local\.yaml: the key 'parameters' stands here a second time.* line 30"
+    ):
         Settings.load("local", folder=folder)
 
 
