@@ -35,6 +35,7 @@ CPU_FLAGS = (
     "-Wextra",
     "-Wno-maybe-uninitialized",
     "-Wno-psabi",
+    "-Wno-unknown-warning-option",  # to Clang the two before are unknown
     "-Werror=return-type",
 )
 CPU_LINK_FLAGS = (
@@ -54,7 +55,7 @@ CPU_UNIT_FLAGS: Mapping[str, tuple[str, ...]] = {
     "kernel_avx512bf16.cc": (*_AVX512, "-mavx512bf16"),
 }
 X86 = ("x86_64", "AMD64")
-CPU_NEEDS = "GCC 10 or newer with OpenMP"  # the first GCC that knows -mavx512bf16
+CPU_NEEDS = "GCC 11 or Clang 14, or newer, with OpenMP"  # older ones were not tried
 HOPPER_NEEDS = "the CUDA toolkit 12.4 or newer"
 
 HOPPER_FLAGS = (

@@ -137,7 +137,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("not a program", "cannot be run: .*Exec format error"),
         ("#!/bin/sh\n", "wrote no libmla_decode.so, though it reported no error"),
-        ("#!/bin/sh\necho 9.4.0; [ $1 = --version ]", "needs GCC 10 or newer with OpenMP"),
+        ("#!/bin/sh\necho 9.4.0; [ $1 = --version ]", "needs GCC 11 or Clang 14, or newer, with OpenMP"),
     ],
 )
 def test_unusable_compiler(

@@ -2,6 +2,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "mla_decode.h"
 
@@ -17,11 +20,17 @@ const Kernel& avx512bf16_kernel();
 namespace {
 
 #if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows "f16c".
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
 // MLA_CPU_ISA (portable, avx2, avx512, avx512bf16) caps the choice, for tests and for comparing code paths.
 int level() {
   __builtin_cpu_init();
   int best = 0;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 1;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) best = 1;
   if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = 2;
