@@ -25,7 +25,7 @@ def bootstrap(env: Env, parameter: Values = None, dry_run: DryRun = False) -> No
         settings, aws = connect(env)
         outputs = account.deploy(aws, settings, pairs(parameter), typer.echo, dry_run)
         if not dry_run:
-            typer.echo(f"\n# merge into config/{env}.yaml, key by key; the tags are printed last by the image build")
+            typer.echo(f"\n# for config/{env}.yaml, key by key; the tags are printed last by the image build")
             typer.echo(yaml.safe_dump(account.configuration(outputs), sort_keys=False).rstrip())
             if address := outputs.get("WebhookAddress"):
                 typer.echo(f"\n# MLflow's webhook: {address}, its secret: {outputs['WebhookSecretName']}")
