@@ -15,6 +15,7 @@ import os
 import queue
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -106,10 +107,8 @@ def _gives_ranges(store: Store, path: str) -> bool:
 @contextmanager
 def _work_folder(resume_dir: Path | None, destination: Path) -> Iterator[Path]:
     """The folder of unfinished files: resume_dir, unless another process is at work there."""
-    own = destination / ".download"
     if resume_dir is None:
-        own.mkdir(exist_ok=True)
-        yield own
+        yield _own(destination)
         return
     resume_dir.mkdir(parents=True, exist_ok=True)
     with resume_dir.with_name(f"{resume_dir.name}.lock").open("w") as lock:
@@ -117,10 +116,13 @@ def _work_folder(resume_dir: Path | None, destination: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # taken, or a file system without locks
             log.info("%s cannot be had (%s); starting anew", resume_dir, error.strerror)
-            own.mkdir(exist_ok=True)
-            yield own
+            yield _own(destination)
             return
         yield resume_dir
+
+
+def _own(destination: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=destination, prefix=".download-"))  # no file of the model has this name
 
 
 class _Pool:

@@ -87,6 +87,12 @@ def test_every_kind_of_store(ranges: bool, sizes: bool, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "empty", "exact"]
 
 
+def test_a_file_named_as_a_work_folder_might_be(tmp_path: Path) -> None:
+    files = {".download/a": b"x", ".download-1": b"y"}
+    fetch(FakeStore(files), tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+
+
 def test_a_store_without_ranges_sends_each_file_once(tmp_path: Path) -> None:
     """An MLflow 2 server: asked for parts, it sends the whole file for every one of them."""
     store = FakeStore({"a": data(6 * PART), "b": data(3 * PART, 1)}, ranges=False)
