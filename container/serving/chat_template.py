@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 log = logging.getLogger(__name__)
@@ -18,9 +20,19 @@ class ChatTemplateError(ValueError):
     param = "messages"
 
 
+class Generation(Extension):
+    """`{% generation %}` around what the assistant says: for training alone, the text stands as it is."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja only looks into it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """A Jinja template with what transformers gives to it: the tokenizer's special tokens, `raise_exception`,
-    `strftime_now`, loop controls and a `tojson` that escapes no HTML.
+    `strftime_now`, loop controls, `{% generation %}` and a `tojson` that escapes no HTML.
 
     `config` is a parsed tokenizer_config.json. A template that cannot be compiled is told in the log and by
     `render`: prompts without a conversation are served nevertheless.
@@ -35,7 +47,7 @@ class ChatTemplate:
             return
         # the template comes with the model, so it runs sandboxed
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception

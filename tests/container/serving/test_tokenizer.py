@@ -105,7 +105,7 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}
 {% if m.role == 'stop' %}{% break %}{% endif %}
 {% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
 {{ m.role | capitalize }}: {{ {'text': m.content} | tojson(separators=(',', ':')) }}
-{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{% if m.role == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}
 {% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
 
 
