@@ -204,7 +204,8 @@ def status(
             return
         now = service.status(aws, arn)
         display = Display()
-        display.note(f"{now.pipeline} {now.id}: {now.status}" + (f": {now.failure}" if now.failure else ""))
+        reason = service.reason(now)
+        display.note(f"{now.pipeline} {now.id}: {now.status}" + (f": {reason}" if reason else ""))
         display.console.print(summary_table(now))
 
 
@@ -302,7 +303,7 @@ def _print_summary(summary: Summary, display: Any) -> None:
 
     display.console.rule("summary")
     for line in summary_lines(summary):
-        display.console.print(line, soft_wrap=True)
+        display.note(line)
 
 
 for command in (*operations.COMMANDS, *registry.COMMANDS):

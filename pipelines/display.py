@@ -27,7 +27,8 @@ class Display:
     """Writes to a console; `quiet` writes nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(quiet=quiet, highlight=False)
+        # Reasons, paths and generated text are shown as they are: [a-z] is no style, :bug: no picture.
+        self.console = console or Console(quiet=quiet, highlight=False, markup=False, emoji=False)
 
     @contextmanager
     def phase(self, words: str) -> Iterator[None]:
@@ -41,8 +42,8 @@ class Display:
         self.console.print(_line("Succeeded", words, time.monotonic() - started))
 
     def note(self, words: str) -> None:
-        """A line of its own."""
-        self.console.print(words)
+        """A line of its own, however long: it can be searched and copied."""
+        self.console.print(words, soft_wrap=True)
 
     def follow(self, executions: Iterator[Execution]) -> Execution:
         """Show an execution until it is over; gives its last state."""
@@ -69,13 +70,11 @@ def step_line(step: Step) -> Text:
 
 
 def summary_table(execution: Execution) -> Table:
-    """Steps with status and duration."""
+    """Steps with status and duration; why one failed is too long for a column."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for step in execution.steps:
         seconds = f"{step.seconds:.1f} s" if step.seconds is not None else ""
-        table.add_row(
-            Text(step.name), Text(step.status, style=STYLE.get(step.status, "")), seconds, step.failure
-        )
+        table.add_row(Text(step.name), Text(step.status, style=STYLE.get(step.status, "")), seconds)
     return table
 
 
