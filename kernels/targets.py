@@ -56,7 +56,8 @@ CPU_UNIT_FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 X86 = ("x86_64", "AMD64")
 CPU_NEEDS = "GCC 11 or Clang 14, or newer, with OpenMP"  # older ones were not tried
-HOPPER_NEEDS = "the CUDA toolkit 12.4 or newer"
+HOPPER_CUDA = (12, 4)
+HOPPER_NEEDS = "the CUDA toolkit {}.{} or newer".format(*HOPPER_CUDA)
 
 HOPPER_FLAGS = (
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -145,7 +146,8 @@ def cpu_recipe() -> Recipe:
         raise BuildError(
             f"CXX={configured!r} is no command: {reason}; set CXX to a C++ compiler", unavailable=True
         ) from None
-    if shutil.which(command[0]) is None:
+    compiler = shutil.which(command[0])
+    if compiler is None:
         where = f"CXX={configured!r}" if configured else "g++"
         raise BuildError(
             f"{where} not found on PATH; install {CPU_NEEDS} (package g++) or set CXX", unavailable=True
@@ -158,7 +160,7 @@ def cpu_recipe() -> Recipe:
     return Recipe(
         target="cpu",
         compiler=command,
-        compiler_version=_compiler_version(command),
+        compiler_version=_version((compiler, *command[1:]))[0],
         flags=(*command[1:], *CPU_FLAGS, *CPU_LINK_FLAGS, *unit_flags),
         sources=tuple(sources),
         headers=(SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h"))),
@@ -193,13 +195,20 @@ def hopper_recipe() -> Recipe:
     sources = sorted(folder.glob("*.cu"))
     if not sources:
         raise BuildError("csrc/hopper holds no sources", unavailable=True)
-    if shutil.which("nvcc") is None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
         raise BuildError(f"nvcc not found on PATH; install {HOPPER_NEEDS}", unavailable=True)
+    version = _version((nvcc,))[-1]
+    release = re.search(r"cuda_(\d+)\.(\d+)", version)
+    if release and tuple(map(int, release.groups())) < HOPPER_CUDA:
+        raise BuildError(
+            f"nvcc is of CUDA {release[1]}.{release[2]}; install {HOPPER_NEEDS}", unavailable=True
+        )
     headers = [SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h")), *sorted(folder.glob("*.cuh"))]
     return Recipe(
         target="hopper",
         compiler=("nvcc", f"-I{SOURCE_ROOT}"),
-        compiler_version=_compiler_version(("nvcc",)),
+        compiler_version=version,
         flags=(*HOPPER_FLAGS, *debug),
         sources=tuple(sources),
         headers=tuple(headers),
@@ -242,7 +251,8 @@ def _raise_on_failure(recipe: Recipe, output: list[tuple[int, str]]) -> None:
 
 
 @functools.cache
-def _compiler_version(command: tuple[str, ...]) -> str:
+def _version(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The lines that a compiler prints about its version."""
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace")
     except OSError as error:
@@ -251,5 +261,4 @@ def _compiler_version(command: tuple[str, ...]) -> str:
         raise BuildError(
             f"{shlex.join(command)} --version failed: {done.stderr.strip()[-300:]}", unavailable=True
         )
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["unknown version"]
-    return lines[-1] if command[0] == "nvcc" else lines[0]
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) or ("unknown version",)

@@ -213,6 +213,22 @@ def test_auto_says_why_a_target_is_skipped(
     assert all(index.skipped.values())
 
 
+def test_auto_goes_on_beside_a_cuda_toolkit_that_is_too_old(
+    tmp_path: Path, fake_compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Build cuda_11.8.r11.8/compiler.31833905_0'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}:/bin:/usr/bin")
+    index = build("auto", tmp_path / "kernel", tmp_path / "cache")
+    assert set(index.packages) == {"cpu"}
+    assert index.skipped == {"hopper": "nvcc is of CUDA 11.8; install the CUDA toolkit 12.4 or newer"}
+    with pytest.raises(BuildError, match=r"nvcc is of CUDA 11\.8"):
+        build("hopper", tmp_path / "kernel", tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
