@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,11 +51,8 @@ class Emulator:
 
     def __post_init__(self) -> None:
         package = KernelPackage(self.library.parent, "hopper", file_sha256(self.library), {})
-        self._library = library = package.open()
-        library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-        library.emulator_break.argtypes = [ctypes.c_char_p]
-        library.emulator_allow_races.argtypes = [ctypes.c_char_p]
-        library.emulator_synchronisations.restype = ctypes.c_char_p
+        self._library = package.open()
+        self._library.emulator_synchronisations.restype = ctypes.c_char_p
 
     def unsupported(self, problem: Problem) -> str | None:
         """The library itself refuses what it lacks."""
@@ -109,17 +107,30 @@ class Emulator:
         return dict(line.split(" ", 1) for line in lines)
 
     def _configure(self, tensors: dict[str, Tensor]) -> None:
-        regions = (_Region * len(tensors))(
-            *(
-                _Region(
-                    name.encode(), tensor.data_ptr(), _extent(tensor), name in ("out", "lse", "workspace")
-                )
-                for name, tensor in tensors.items()
-            )
+        configure(
+            self._library, self.seed, self.multiprocessors, tensors, {"out", "lse", "workspace"}, self.fault
         )
-        self._library.emulator_configure(self.seed, self.multiprocessors, regions, len(regions))
-        self._library.emulator_break(self.fault.encode())
-        self._library.emulator_allow_races("\n".join(ALLOWED_RACES).encode())
+
+
+def configure(
+    library: ctypes.CDLL,
+    seed: int,
+    multiprocessors: int,
+    tensors: Mapping[str, Tensor],
+    writable: Container[str],
+    fault: str = "",
+) -> None:
+    """Tell `library` how the next runs go, and which memory they may touch."""
+    regions = (_Region * len(tensors))(
+        *(
+            _Region(name.encode(), tensor.data_ptr(), _extent(tensor), name in writable)
+            for name, tensor in tensors.items()
+        )
+    )
+    library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+    library.emulator_configure(seed, multiprocessors, regions, len(regions))
+    library.emulator_break(ctypes.c_char_p(fault.encode()))
+    library.emulator_allow_races(ctypes.c_char_p("\n".join(ALLOWED_RACES).encode()))
 
 
 def fresh_workspace(size: int) -> Tensor:

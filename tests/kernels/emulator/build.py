@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 import shutil
 import subprocess
@@ -27,12 +26,16 @@ KERNEL_FLAGS = (
 )  # fmt: skip
 
 
-def build(*more_flags: str, cache_dir: Path | None = None) -> Path:
-    """The library with the emulated hopper target; compiled when the cache has none of the same content.
+def build(
+    *more_flags: str,
+    source: Path = SOURCE_ROOT / "hopper" / "mla_decode.cu",
+    cache_dir: Path | None = None,
+) -> Path:
+    """The library with `source`, the hopper target, emulated; compiled unless the cache has it.
 
-    `more_flags` are for the kernels. RuntimeError with the compiler's message when it fails.
+    `more_flags` are for that source. RuntimeError with the compiler's message when it fails.
     """
-    compiler = [*(shlex.split(os.environ.get("CXX", "")) or ["g++"]), *FLAGS, f"-I{EMULATOR}"]
+    compiler = ["g++", *FLAGS, f"-I{EMULATOR}"]
     cache = cache_dir or default_cache_dir()
     runtime = _cached(
         cache,
@@ -51,8 +54,8 @@ def build(*more_flags: str, cache_dir: Path | None = None) -> Path:
         cache,
         "emulator",
         [*compiler, *KERNEL_FLAGS, *more_flags],
-        [*sources, runtime / RUNTIME],
-        lambda command, folder: _compile_kernels(command, folder, runtime / RUNTIME),
+        [source, *sources, runtime / RUNTIME],
+        lambda command, folder: _compile_kernels(command, folder, source, runtime / RUNTIME),
     )
     return library / LIBRARY
 
@@ -87,16 +90,16 @@ def _compile_runtime(command: list[str], folder: Path) -> None:
         path.unlink()
 
 
-def _compile_kernels(command: list[str], folder: Path, runtime: Path) -> None:
+def _compile_kernels(command: list[str], folder: Path, source: Path, runtime: Path) -> None:
     """In a folder with the kernels' files, so that includes in quotes find the device's where they differ."""
     sources = folder / "sources"
     sources.mkdir()
-    for path in (SOURCE_ROOT / "hopper").iterdir():
+    for path in {source, *(SOURCE_ROOT / "hopper").iterdir()}:
         replaced = EMULATOR / "device" / path.name
         (sources / path.name).symlink_to(replaced if replaced.exists() else path)
     kernels = str(folder / "kernels.o")
     includes = [f"-I{EMULATOR / 'cuda'}", f"-I{SOURCE_ROOT}"]
-    _run([*command, *includes, "-x", "c++", "-c", str(sources / "mla_decode.cu"), "-o", kernels])
+    _run([*command, *includes, "-x", "c++", "-c", str(sources / source.name), "-o", kernels])
     whole_runtime = ["-Wl,--whole-archive", str(runtime), "-Wl,--no-whole-archive", "-ldl"]
     _run([command[0], "-shared", kernels, *whole_runtime, "-Wl,-z,defs", "-o", str(folder / LIBRARY)])
     Path(kernels).unlink()

@@ -17,7 +17,7 @@ inline uint32_t shared_address(const void* pointer, Place place = Place::here())
 inline void mbarrier_init(uint32_t barrier, uint32_t arrivals, Place place = Place::here()) {
   emulator::mbarrier_init(barrier, arrivals, place);
 }
-inline void mbarrier_init_fence() {}
+inline void mbarrier_init_fence(Place place = Place::here()) { emulator::mbarrier_init_fence(place); }
 inline void mbarrier_arrive(uint32_t barrier, Place place = Place::here()) {
   emulator::mbarrier_arrive(barrier, 0, place);
 }

@@ -87,6 +87,15 @@ void mbarrier_init(uint32_t barrier, uint32_t arrivals, Place place) {
   b.initialised = {thread.clock.own[thread.index], static_cast<uint16_t>(thread.index)};
 }
 
+// PTX ISA, fence.mbarrier_init: makes this thread's initialisations visible to the async proxy.
+void mbarrier_init_fence(Place place) {
+  if (dropped("mbarrier_init_fence", place)) return;
+  const Thread& thread = enter("mbarrier_init_fence", place);
+  for (auto& [address, barrier] : thread.cta->mbarriers) {
+    if (barrier.initialised.agent == thread.index) barrier.announced = true;
+  }
+}
+
 void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
   const char* name = expected_bytes ? "mbarrier_expect" : "mbarrier_arrive";
   if (dropped(name, place)) return;
@@ -109,6 +118,7 @@ void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
 // The kernels announce bytes before they ask for them. More is a wrong number, though the ISA allows to announce it later.
 void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes) {
   MBarrier& b = at(thread, barrier);
+  if (!b.announced) fail("the copy engine may not see that 0x%x is initialised: no mbarrier_init_fence since", barrier);
   b.unasked -= bytes;
   const long long more = -b.unasked;
   if (more > 0) fail("%u bytes are %lld more than phase %u of 0x%x expects", bytes, more, b.phase, barrier);

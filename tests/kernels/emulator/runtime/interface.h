@@ -33,6 +33,7 @@ void set_registers(bool grow, int registers, Place place);
 void named_barrier(int barrier, int threads, bool wait, Place place);
 void sync_cta(Place place);
 void mbarrier_init(uint32_t barrier, uint32_t arrivals, Place place);
+void mbarrier_init_fence(Place place);
 void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place);
 void mbarrier_wait(uint32_t barrier, uint32_t parity, Place place);
 bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place);

@@ -92,6 +92,7 @@ struct MBarrier {
   int64_t unasked = 0;    // expected, and no copy asked for them yet
   uint32_t phase = 0;
   Access initialised = {};
+  bool announced = false;  // to the async proxy
   Clock arriving = {}, arrived = {};  // what those knew who arrived in this phase; in completed ones
   std::vector<Thread*> waiting = {};
 };

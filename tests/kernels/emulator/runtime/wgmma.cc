@@ -11,7 +11,7 @@
 namespace emulator {
 namespace {
 
-constexpr uint32_t kInFlight = 0x7FF1F1F1;  // a NaN that arithmetic does not give
+constexpr uint32_t kInFlight = 0x7FB1F1F1;  // a signalling NaN: arithmetic does not leave it as it is
 
 // A 128-byte-swizzled matrix: 8 rows of 128 bytes lie together ("Matrix Descriptor Format", "Strides").
 struct Descriptor {
