@@ -124,10 +124,11 @@ def promote(account: Account, arn: str, root: Path) -> dict:
     return deploy.json("deployment", "deployment.json")
 
 
-def smoke(token_ids: list[int], root: Path) -> dict:
+def smoke(token_ids: list[int], deployed: dict, root: Path) -> dict:
     expected = {"prompt": "The assert", "max_tokens": 6, "token_ids": token_ids, "text": ""}
     run = StepRun(smoke_test, root).give("evaluation", "evaluation.json", {"model": {"smoke": expected}})
-    return run.start(endpoint_name=ENDPOINT).json("smoke", "smoke.json")
+    config = deployed["endpoint_config_name"]
+    return run.start(endpoint_name=ENDPOINT, endpoint_config_name=config).json("smoke", "smoke.json")
 
 
 @pytest.mark.slow
@@ -142,22 +143,24 @@ def test_approved_versions_reach_production_and_a_broken_one_is_rolled_back(acco
     first = account.register(models[0], "one")
     created = promote(account, first, tmp_path / "a")
     assert created["action"] == "created"
-    smoke(tokens[0], tmp_path / "a-smoke")
+    smoke(tokens[0], created, tmp_path / "a-smoke")
     with pytest.raises(StepError, match=r"other tokens than were evaluated"):
-        smoke(tokens[1], tmp_path / "a-wrong")
+        smoke(tokens[1], created, tmp_path / "a-wrong")
 
     assert promote(account, first, tmp_path / "b")["action"] == "unchanged"
 
     updated = promote(account, account.register(models[1], "two"), tmp_path / "c")
     assert updated["action"] == "updated"
     assert updated["previous_endpoint_config_name"] == created["endpoint_config_name"]
-    smoke(tokens[1], tmp_path / "c-smoke")
+    smoke(tokens[1], updated, tmp_path / "c-smoke")
+    with pytest.raises(StepError, match=r"this release deployed mla-models-v1-"):
+        smoke(tokens[1], created, tmp_path / "c-other")
 
     weights = models[0] / "artifacts" / "checkpoint" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(StepError, match=r"rolled back: it serves .*, not "):
         promote(account, account.register(models[0], "broken"), tmp_path / "d")
-    smoke(tokens[1], tmp_path / "d-smoke")  # the old version still answers
+    smoke(tokens[1], updated, tmp_path / "d-smoke")  # the old version still answers
 
 
 def test_a_pending_version_stops_at_verification(account, tmp_path):
