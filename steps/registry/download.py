@@ -95,11 +95,11 @@ def _gives_ranges(store: Store, path: str) -> bool:
         return False
     try:
         body = store.open(path, 0, 1)
+        if body.partial:
+            for _ in body.chunks:  # read to its end, an answer's connection can be used again
+                pass
     except TransferError:
         return True  # the store is busy; the download itself will say more
-    if body.partial:
-        for _ in body.chunks:  # read to its end, an answer's connection can be used again
-            pass
     body.close()
     return body.partial
 
