@@ -148,10 +148,18 @@ bool run_grid(const Launch& launch, void (*kernel)(const void*), const void* arg
 
 }  // namespace emulator
 
-// For ctypes: how the next runs go.
-extern "C" void emulator_configure(uint64_t seed, int multiprocessors, const emulator::Region* regions, int count) {
+// For ctypes: how the next runs go, and which memory they may touch.
+struct emulator_region {
+  const char* name;
+  uintptr_t begin, bytes;
+  int writable;
+};
+extern "C" void emulator_configure(uint64_t seed, int multiprocessors, const emulator_region* regions, int count) {
   emulator::Options& options = emulator::machine.options;
   options.seed = seed;
   options.multiprocessors = multiprocessors;
-  options.regions.assign(regions, regions + count);
+  options.regions.clear();
+  for (const emulator_region* one = regions; one < regions + count; ++one) {
+    options.regions.push_back({one->name, one->begin, one->bytes, one->writable != 0});
+  }
 }

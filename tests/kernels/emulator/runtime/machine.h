@@ -37,10 +37,10 @@ struct Thread {
   bool returned = false;
   const char* doing = "begins";  // last emulated operation, and where
   Place place = {"", 0};
-  uint32_t operand[2] = {0, 0};             // of a wait, for reports
-  const uint32_t* polled = nullptr;         // load_acquire that would read the same again
+  uint32_t operand[2] = {0, 0};      // of a wait, for reports
+  const uint32_t* polled = nullptr;  // load_acquire that would read the same again
   uint32_t polled_value = 0;
-  std::vector<uint32_t> unfenced;           // shared words written since its last proxy fence
+  std::vector<uint32_t> unfenced;  // shared words written since its last proxy fence
   Clock clock;
   uint64_t acquired = 0;  // how often it has learned from others
   int lane() const { return index & 31; }
@@ -88,11 +88,11 @@ struct Warp {
 
 struct MBarrier {
   uint32_t arrivals, pending;
-  int64_t bytes = 0;      // expected and not yet there
-  int64_t unasked = 0;    // expected, and no copy asked for them yet
+  int64_t bytes = 0;    // expected and not yet there
+  int64_t unasked = 0;  // expected, and no copy asked for them yet
   uint32_t phase = 0;
   Access initialised = {};
-  bool announced = false;  // to the async proxy
+  bool announced = false;             // to the async proxy
   Clock arriving = {}, arrived = {};  // what those knew who arrived in this phase; in completed ones
   std::vector<Thread*> waiting = {};
 };
@@ -129,7 +129,7 @@ struct Unit {
 
 struct Cta {
   unsigned index;
-  char* shared;       // its memory, wherever it is mapped besides
+  char* shared;  // its memory, wherever it is mapped besides
   std::vector<Warp> warps;
   std::vector<Thread*> threads;
   std::vector<Warp*> ready;
@@ -152,9 +152,9 @@ struct Watcher {
 
 // A tensor that the kernel may touch.
 struct Region {
-  const char* name;
+  std::string name;
   uintptr_t begin, bytes;
-  int writable;
+  bool writable;
 };
 
 struct Options {
@@ -199,7 +199,7 @@ struct Machine {
 extern Machine machine;
 
 // scheduler.cc
-void park();                                    // the current thread until somebody readies it
+void park();  // the current thread until somebody readies it
 void make_ready(Warp& warp, uint32_t lanes);
 void wait_until(Warp& warp, uint32_t lanes, std::function<bool()> ready);  // readies them; then park()
 void run_until_done();

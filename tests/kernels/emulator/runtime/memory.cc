@@ -127,15 +127,15 @@ const Region& check_global(const void* pointer, uint64_t bytes, uint32_t alignme
     if (at < region.begin) continue;
     const unsigned long long offset = at - region.begin;
     if (offset + bytes <= region.bytes) {
-      if (at % alignment != 0) fail("%s + %llu is not aligned to %u bytes", region.name, offset, alignment);
-      if (write && !region.writable) fail("writes to %s + %llu", region.name, offset);
+      if (at % alignment != 0) fail("%s + %llu is not aligned to %u bytes", region.name.c_str(), offset, alignment);
+      if (write && !region.writable) fail("writes to %s + %llu", region.name.c_str(), offset);
       return region;
     }
     if (nearest == nullptr || region.begin > nearest->begin) nearest = &region;
   }
   const unsigned long long count = bytes;
   if (nearest == nullptr) fail("%s %llu bytes at %p, before every tensor", verb, count, pointer);
-  fail("%s %llu bytes at %s + %llu, which has %llu bytes", verb, count, nearest->name,
+  fail("%s %llu bytes at %s + %llu, which has %llu bytes", verb, count, nearest->name.c_str(),
        static_cast<unsigned long long>(at - nearest->begin), static_cast<unsigned long long>(nearest->bytes));
 }
 

@@ -110,10 +110,10 @@ struct GlobalWrite {
   Access access;
   uint32_t cta = 0;
 };
-std::unordered_map<const char*, std::vector<GlobalWrite>> global_writes;  // by region's name, for each word
+std::unordered_map<uintptr_t, std::vector<GlobalWrite>> global_writes;  // by region's begin, for each word
 
 GlobalWrite* global_words(const Region& region, uintptr_t offset) {
-  std::vector<GlobalWrite>& words = global_writes[region.name];
+  std::vector<GlobalWrite>& words = global_writes[region.begin];
   if (words.empty()) words.resize(region.bytes / 4 + 1);
   return &words[offset / 4];
 }
@@ -131,7 +131,7 @@ bool knows_of(const Thread& thread, const GlobalWrite& write) {
 }
 
 void global_race(const char* what, const Region& region, uintptr_t offset, const GlobalWrite& write) {
-  const std::string where = std::string(region.name) + " + " + std::to_string(offset);
+  const std::string where = region.name + " + " + std::to_string(offset);
   const std::string how = "of CTA " + std::to_string(write.cta) + " wrote";
   race(what, where.c_str(), *machine.ctas[write.cta], write.access, how.c_str());
 }
@@ -199,7 +199,7 @@ void thread_reads_global(Thread& thread, const Region& region, uintptr_t offset,
   const GlobalWrite* words = global_words(region, offset);
   for (uint32_t i = 0; i < (bytes + 3) / 4; ++i) {
     if (words[i].access.epoch == 0) {
-      fail("reads %s + %zu, which nobody has written in this launch", region.name, offset + 4 * i);
+      fail("reads %s + %zu, which nobody has written in this launch", region.name.c_str(), offset + 4 * i);
     }
     if (!knows_of(thread, words[i])) global_race("reads", region, offset + 4 * i, words[i]);
   }
