@@ -89,6 +89,20 @@ def test_any_order_of_events_gives_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(first, result, strict=True))
 
 
+@pytest.mark.parametrize(("heads", "q", "kv"), VARIANTS.values(), ids=VARIANTS)
+def test_strides(emulated: Path, heads: int, q: torch.dtype, kv: torch.dtype) -> None:
+    """Every other page of a pool, and queries with something between the heads."""
+    inputs = case((100, 64), 1, heads, q, kv).inputs(seed=9)
+    emulator = Emulator(emulated, 3)
+    expected = emulator(*inputs.arguments())
+    wide = torch.full((*inputs.q.shape[:3], 640), float("nan"), dtype=q)
+    wide[..., :576] = inputs.q
+    pool = inputs.k_cache.new_full((inputs.k_cache.shape[0], 2, *inputs.k_cache.shape[1:]), 0xFF)
+    pool[:, 0] = inputs.k_cache
+    got = emulator(wide[..., :576], pool[:, 0], *inputs.arguments()[2:])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=6).map(tuple),

@@ -153,8 +153,8 @@ __device__ __forceinline__ void unpack_cache(const Params& params, Schedule& sch
     const uint32_t free = (tile / L::kStages & 1) ^ 1;
     char* destination = smem + L::kCache + stage * kTileBytes;
     const uint8_t* raw = reinterpret_cast<const uint8_t*>(smem) + L::kRaw + slot * kRawBytes;
-    // What the slot held before is another warp's of the last tile. It may still be on its way, and waiting for the phase
-    // after it would then return at once. An empty stage says that all warps have read the last tile.
+    // What warp 3's slot held before is warp 0's quarter of the last tile. That may still be on its way, and waiting for
+    // the phase after it would return at once. An empty stage says that all warps have read the last tile.
     mbarrier_wait(barriers.empty(stage, 0), free);
     mbarrier_wait(barriers.raw_full(slot), parity);
 #pragma unroll 1
