@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines import lint
+from pipelines.definition import gets, walk
 
 # A Processing step is found in the cache by these parts of its request and by nothing else
 # (docs.aws.amazon.com/sagemaker/latest/dg/pipelines-default-keys.html).
@@ -82,7 +82,7 @@ def compare(before: str, after: str) -> Difference:
 def _steps(steps: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every step by name, without the steps inside it but with the name of the one around it."""
     found = {}
-    for step, parent in lint.walk(steps):
+    for step, parent in walk(steps):
         arguments = {key: value for key, value in step["Arguments"].items() if key not in BRANCHES}
         found[step["Name"]] = step | {"Arguments": arguments} | ({"Inside": parent} if parent else {})
     return found
@@ -140,7 +140,7 @@ def _lost(step: dict[str, Any], edits: tuple[Edit, ...], parameters: tuple[Param
     within = tuple(f"Arguments.{part}" for part in CACHE_KEY)
     reasons = [one.place.removeprefix("Arguments.") for one in edits if one.place.startswith(within)]
     key = {part: step["Arguments"].get(part) for part in CACHE_KEY}
-    used = {get.removeprefix("Parameters.") for get in lint.gets(key) if get.startswith("Parameters.")}
+    used = {get.removeprefix("Parameters.") for get in gets(key) if get.startswith("Parameters.")}
     reasons += [
         f"the default of {one.name}"
         for one in parameters

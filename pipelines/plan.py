@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import lint, service, upsert
+from pipelines import service, upsert
 from pipelines.aws import Aws
+from pipelines.definition import walk
 from pipelines.difference import Difference, ParameterChange, compare
 from pipelines.prices import HOURS_A_MONTH, Cost, Prices
 from pipelines.settings import Settings
@@ -149,7 +150,7 @@ def _endpoints(settings: Settings) -> Iterator[tuple[str, str, int]]:
 def _jobs(definition: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each processing step with its instance type; a parameter counts as its default."""
     defaults = {one["Name"]: one.get("DefaultValue") for one in definition["Parameters"]}
-    for step, _ in lint.walk(definition["Steps"]):
+    for step, _ in walk(definition["Steps"]):
         if step["Type"] == "Processing":
             kind = step["Arguments"]["ProcessingResources"]["ClusterConfig"]["InstanceType"]
             yield step["Name"], defaults[kind["Get"].split(".")[1]] if isinstance(kind, dict) else kind

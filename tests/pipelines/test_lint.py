@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipelines import lint
+from pipelines.definition import walk
 from pipelines.errors import UserError
 from pipelines.settings import Settings, environments
 
@@ -14,7 +15,7 @@ Document = dict[str, Any]
 
 
 def step(document: Document, name: str) -> Document:
-    return next(one for one, _ in lint.walk(document["Steps"]) if one["Name"] == name)
+    return next(one for one, _ in walk(document["Steps"]) if one["Name"] == name)
 
 
 def problems(

@@ -15,8 +15,9 @@ from botocore.stub import Stubber
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import difference, lint, plan, upsert
+from pipelines import difference, plan, upsert
 from pipelines.aws import Aws
+from pipelines.definition import walk
 from pipelines.difference import compare
 from pipelines.errors import UserError
 from pipelines.prices import Cost, Prices, per_million_tokens
@@ -36,7 +37,7 @@ def deployed(definitions: dict[str, str]) -> str:
 
 
 def step(document: Document, name: str) -> Document:
-    return next(one for one, _ in lint.walk(document["Steps"]) if one["Name"] == name)
+    return next(one for one, _ in walk(document["Steps"]) if one["Name"] == name)
 
 
 def parameter(document: Document, name: str) -> Document:

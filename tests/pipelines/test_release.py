@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines import lint, parameters
+from pipelines.definition import gets, walk
 from pipelines.gate import LIMITS
 from pipelines.release import kernel_sources_sha256
 from pipelines.settings import ROLES, Settings
@@ -24,7 +25,7 @@ print(release.get_pipeline(Settings.load("local")).definition(), end="")
 
 
 def steps(definition: str) -> dict[str, dict[str, Any]]:
-    return {step["Name"]: step for step, _ in lint.walk(json.loads(definition)["Steps"])}
+    return {step["Name"]: step for step, _ in walk(json.loads(definition)["Steps"])}
 
 
 def test_the_steps_are_those_of_the_design(definitions: dict[str, str]) -> None:
@@ -73,7 +74,7 @@ def test_parameters_are_the_table(definitions: dict[str, str], settings: Setting
 def test_every_parameter_is_used(definitions: dict[str, str]) -> None:
     for definition in definitions.values():
         document = json.loads(definition)
-        used = set(lint.gets(document["Steps"]))
+        used = set(gets(document["Steps"]))
         assert {f"Parameters.{one['Name']}" for one in document["Parameters"]} <= used
 
 
