@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, ValidationInfo
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, ValidationInfo
 
 from pipelines import deployment, parameters, schedule
 from pipelines.deployment import Deployment
 from pipelines.errors import UserError, choose
+from pipelines.layers import Layers
 from pipelines.strict import Strict, Text
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
@@ -234,18 +234,14 @@ class Settings(Strict):
         if environment not in (known := environments(folder)):
             raise UserError(f"no environment '{environment}'", str(folder), choose(environment, known))
         base, overlay = folder / "base.yaml", folder / f"{environment}.yaml"
-        layers = [(str(base), _read(base)), (str(overlay), _read(overlay))]
-        layers += [(f"override {key}", _nest(key, value)) for key, value in (overrides or {}).items()]
-        merged: dict[str, Any] = {}
-        for where, layer in layers:
-            _refuse_unknown(cls, layer, where)
-            merged = _merge(merged, layer)
+        layers = Layers(base, overlay, overrides or {})
+        merged = layers.merged(cls)
         try:
             settings = cls.model_validate({**merged, "environment": environment})
         except ValidationError as error:
             raise _explain(error, layers, environment) from None
         if not (settings.releases or settings.deploys):
-            where = _origin(layers, "production_account")
+            where = layers.origin("production_account")
             raise UserError(
                 "the account neither releases nor deploys",
                 where,
@@ -253,23 +249,23 @@ class Settings(Strict):
             )
         checked = {
             name: parameters.check_defaults(
-                name, getattr(settings.parameters, name), _origin(layers, "parameters", name)
+                name, getattr(settings.parameters, name), layers.origin("parameters", name)
             )
             for name in parameters.PIPELINES
         }
         for name in settings.roles:
             if name not in ROLES:
-                where = _origin(layers, "roles", name)
+                where = layers.origin("roles", name)
                 raise UserError(f"unknown key 'roles.{name}'", where, choose(name, ROLES))
         parameters.check_staging(
             checked["release"]["StagingEndpointName"],
             checked["production"]["ProductionEndpointName"],
-            _origin(layers, "parameters", "release", "StagingEndpointName"),
+            layers.origin("parameters", "release", "StagingEndpointName"),
         )
         instances = int(checked["production"]["EndpointInstanceCount"])
         if found := deployment.problem(settings.deployment, instances):
             key, value, why = found
-            where = _origin(layers, "deployment", *key.split("."))
+            where = layers.origin("deployment", *key.split("."))
             raise UserError(f"deployment.{key} = {value!r} does not fit", where, why)
         return settings.model_copy(update={"parameters": Defaults(**checked)})
 
@@ -279,75 +275,11 @@ def environments(folder: Path = CONFIG) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in ("base", "infrastructure"))
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML whose mappings hold a key once: a block pasted below another would silently replace it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key.value}' stands here a second time", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
-    except FileNotFoundError:
-        raise UserError("configuration file is missing", str(path), "restore it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            "not valid YAML", f"{path}: {' '.join(str(error).split())}", "correct the file"
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError("not a mapping of keys to values", str(path), "start it with 'bucket: …'")
-    return content
-
-
-def _nest(key: str, value: object) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    assert isinstance(value, dict)
-    return value
-
-
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged
-
-
-def _refuse_unknown(model: type[BaseModel], layer: Mapping[str, Any], where: str, above: str = "") -> None:
-    fields = {name: field for name, field in model.model_fields.items() if name != "environment"}
-    for key, value in layer.items():
-        if key not in fields:
-            raise UserError(f"unknown key '{above}{key}'", where, choose(str(key), fields))
-        for kind in (fields[key].annotation, *get_args(fields[key].annotation)):
-            if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
-                _refuse_unknown(kind, value, where, f"{above}{key}.")
-
-
-def _origin(layers: list[tuple[str, dict[str, Any]]], *path: str) -> str:
-    """The topmost layer that holds the key, else the environment's file: where a person has to look."""
-    for where, layer in reversed(layers):
-        value: Any = layer
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return where
-    return layers[1][0]
-
-
-def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]], environment: str) -> UserError:
+def _explain(error: ValidationError, layers: Layers, environment: str) -> UserError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
-    where = _origin(layers, *path)
+    where = layers.origin(*path)
     if first["type"] == "missing":
         return UserError(f"key '{key}' is missing", where, f"add it to config/{environment}.yaml")
     words = first["msg"].removeprefix("Value error, ")
