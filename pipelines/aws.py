@@ -94,6 +94,14 @@ def if_there(call: Callable[..., Any], **arguments: Any) -> Any:
         raise
 
 
+def there(call: Callable[..., Any], none: UserError, **arguments: Any) -> Any:
+    """The answer; raises `none` when what is asked for does not exist."""
+    answer = if_there(call, **arguments)
+    if answer is None:
+        raise none
+    return answer
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Turns botocore's errors into UserErrors: what failed, where, what to do."""

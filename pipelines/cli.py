@@ -40,7 +40,7 @@ from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.run import Summary
-    from pipelines.service import Package
+    from pipelines.versions import Package
 
 app = typer.Typer(
     help="Release MLA language models from Databricks MLflow to Amazon SageMaker with a measured kernel.",
@@ -271,11 +271,11 @@ def report(
 
 def _decide(env: str, version: str | None, approval: str, note: str) -> None:
     with errors():
-        from pipelines import service
+        from pipelines import versions
 
         settings, aws = connect(env)
-        package = service.find_package(aws, settings.names.model_package_group, version)
-        service.decide(aws, package.arn, approval, note)
+        package = versions.find_package(aws, settings.names.model_package_group, version)
+        versions.decide(aws, package.arn, approval, note)
         typer.echo(f"version {package.version} is {approval}: {package.arn}")
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipelines import service
-from pipelines.aws import Aws, if_there
+from pipelines import service, versions
+from pipelines.aws import Aws, if_there, there
 from pipelines.prices import Prices, per_million_tokens
 from pipelines.settings import Settings
 
@@ -65,7 +65,7 @@ class Status:
     failure: str
     changed: datetime
     served: Served
-    package: service.Package | None
+    package: versions.Package | None
     variants: tuple[Variant, ...]
     alarms: tuple[tuple[str, str], ...]
     deployments: tuple[Deployment, ...]
@@ -120,7 +120,7 @@ def status(aws: Aws, settings: Settings, name: str) -> Status:
         failure=answer.get("FailureReason", ""),
         changed=answer["LastModifiedTime"],
         served=served,
-        package=service.package(aws, served.package) if served.package else None,
+        package=versions.package(aws, served.package) if served.package else None,
         variants=tuple(_variants(answer)),
         alarms=tuple(_alarms(aws, settings.deployment.alarms)) if production else (),
         deployments=tuple(_deployments(aws, pipeline)),
@@ -165,7 +165,7 @@ def _staged(aws: Aws, settings: Settings, config: str) -> str:
 
 
 def _describe(aws: Aws, name: str) -> dict[str, Any]:
-    return service.there(aws.sagemaker.describe_endpoint, service.no_endpoint(aws, name), EndpointName=name)
+    return there(aws.sagemaker.describe_endpoint, service.no_endpoint(aws, name), EndpointName=name)
 
 
 def _variants(answer: dict[str, Any]) -> Iterator[Variant]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines import endpoint, service
+from pipelines import endpoint, service, versions
 from pipelines.aws import Aws
 from pipelines.errors import UserError
 from pipelines.settings import Settings
@@ -20,8 +20,8 @@ class Rollback:
 
     endpoint: str
     pipeline: str
-    live: service.Package
-    target: service.Package
+    live: versions.Package
+    target: versions.Package
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -49,10 +49,10 @@ def plan(aws: Aws, settings: Settings, version: str | None = None) -> Rollback:
         raise UserError(
             "it serves no version of the registry", f"endpoint {name}", "deploy one: mla-pipeline approve"
         )
-    live = service.package(aws, arn)
+    live = versions.package(aws, arn)
     if version is None:
         return Rollback(name, pipeline, live, _previous(aws, settings, live))
-    target = service.find_package(aws, group, version)
+    target = versions.find_package(aws, group, version)
     if target.arn == live.arn:
         raise UserError(f"version {target.version} is live already", f"endpoint {name}", "name another one")
     if target.status != "Approved":
@@ -66,10 +66,10 @@ def start(aws: Aws, chosen: Rollback) -> str:
     return service.start(aws, chosen.pipeline, {"ModelPackageArn": chosen.target.arn})
 
 
-def _previous(aws: Aws, settings: Settings, live: service.Package) -> service.Package:
+def _previous(aws: Aws, settings: Settings, live: versions.Package) -> versions.Package:
     group = settings.names.model_package_group
     served = set(_served_before(aws, settings.names.production_pipeline))
-    older = [one for one in service.packages(aws, group) if one.version < live.version]
+    older = [one for one in versions.packages(aws, group) if one.version < live.version]
     fit = [one for one in older if one.status == "Approved" and one.arn in served]
     if fit:
         return max(fit, key=lambda one: one.version)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import service, upsert
+from pipelines import service, upsert, versions
 from pipelines.aws import Aws
 from pipelines.display import Display
 from pipelines.errors import UserError
@@ -55,7 +55,7 @@ def run(
     local: Local,
     display: Display,
     values: Mapping[str, str] | None = None,
-    decide: Callable[[service.Package], str] = lambda package: "Approved",
+    decide: Callable[[versions.Package], str] = lambda package: "Approved",
 ) -> Summary:
     """Train if need be, upsert, release, decide, follow production, ask the endpoint; see the module.
 
@@ -111,7 +111,7 @@ def train_demo(local: Local, *options: str) -> None:
 
 def release(
     aws: Aws, settings: Settings, state: Path, values: Mapping[str, str], display: Display
-) -> tuple[Summary, service.Package | None]:
+) -> tuple[Summary, versions.Package | None]:
     """Start the release pipeline and follow it; the package is None unless it succeeded."""
     arn = service.start(aws, settings.names.release_pipeline, values)
     display.note(f"release   {arn.rsplit('/', 1)[-1]}")
@@ -124,7 +124,7 @@ def release(
         summary.report = str(state / "runs" / ended.id / "report.html")
     if ended.status != "Succeeded":
         return summary, None
-    package = service.package(aws, ended.step("RegisterModel").resource)
+    package = versions.package(aws, ended.step("RegisterModel").resource)
     summary.model_package_arn = package.arn
     summary.staging_endpoint = str(
         values.get("StagingEndpointName", settings.parameters.release["StagingEndpointName"])
@@ -135,15 +135,15 @@ def release(
 def promote(
     aws: Aws,
     settings: Settings,
-    package: service.Package,
-    decide: Callable[[service.Package], str],
+    package: versions.Package,
+    decide: Callable[[versions.Package], str],
     summary: Summary,
     display: Display,
 ) -> None:
     """Ask for the decision, make it, and follow the production pipeline that it starts."""
     summary.approval = package.status if package.status != "PendingManualApproval" else decide(package)
     if package.status == "PendingManualApproval" and summary.approval:
-        service.decide(aws, package.arn, summary.approval, "decided in `mla-pipeline run`")
+        versions.decide(aws, package.arn, summary.approval, "decided in `mla-pipeline run`")
     if summary.approval != "Approved":
         summary.approval = summary.approval or package.status
         return

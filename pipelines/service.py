@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.aws import Aws, if_there
+from pipelines.aws import Aws, if_there, there
 from pipelines.errors import UserError, choose
 from pipelines.parameters import PIPELINES, Parameter, check_values
 
 RUNNING = {"Executing", "Stopping"}
 JOBS = "/aws/sagemaker/ProcessingJobs"
 ENDPOINTS = "/aws/sagemaker/Endpoints"
-LISTED = 10  # versions named in a message
 
 
 @dataclass(frozen=True)
@@ -70,17 +69,6 @@ class Execution:
         raise UserError(
             f"no step '{name}'", f"execution {self.id}", choose(name, [one.name for one in self.steps])
         )
-
-
-@dataclass(frozen=True)
-class Package:
-    """A registered version of the model package group."""
-
-    arn: str
-    version: int
-    status: str  # PendingManualApproval | Approved | Rejected
-    created: datetime
-    metadata: Mapping[str, str]
 
 
 def start(
@@ -237,58 +225,6 @@ def logs(aws: Aws, arn: str, step: str) -> Iterator[str]:
         )
 
 
-def packages(aws: Aws, group: str) -> list[Package]:
-    """Versions of the group, newest first."""
-    return [package(aws, one["ModelPackageArn"]) for one in _versions(aws, group)]
-
-
-def package(aws: Aws, arn: str) -> Package:
-    """A version by ARN. Raises UserError when there is none."""
-    none = UserError(f"no version '{arn}'", aws.region, "its number in the group will do as well")
-    answer = there(aws.sagemaker.describe_model_package, none, ModelPackageName=arn)
-    return Package(
-        arn=answer["ModelPackageArn"],
-        version=answer["ModelPackageVersion"],
-        status=answer["ModelApprovalStatus"],
-        created=answer["CreationTime"],
-        metadata=answer.get("CustomerMetadataProperties", {}),
-    )
-
-
-def find_package(aws: Aws, group: str, reference: str | None) -> Package:
-    """A version by ARN or number; without reference the newest one that waits for a decision."""
-    if reference and reference.startswith("arn:"):
-        return package(aws, reference)
-    known = []
-    for one in _versions(aws, group):
-        number, state = str(one["ModelPackageVersion"]), one["ModelApprovalStatus"]
-        if number == reference or (reference is None and state == "PendingManualApproval"):
-            return package(aws, one["ModelPackageArn"])
-        known.append(f"{number} ({state})")
-    more = f" and {len(known) - LISTED} older" if len(known) > LISTED else ""
-    listed = ", ".join(known[:LISTED]) or "none"
-    what = f"no version {reference}" if reference else "no version waits for approval"
-    raise UserError(what, f"model package group {group}", f"known: {listed}{more}")
-
-
-def _versions(aws: Aws, group: str) -> Iterator[dict[str, Any]]:
-    """Summaries of the group's versions, newest first, page after page as they are asked for."""
-    pages = aws.sagemaker.get_paginator("list_model_packages").paginate(
-        ModelPackageGroupName=group, SortBy="CreationTime", SortOrder="Descending"
-    )
-    for page in pages:
-        yield from page["ModelPackageSummaryList"]
-
-
-def decide(aws: Aws, arn: str, approval: str, note: str) -> None:
-    """Set a version's approval status: Approved or Rejected. Approval is what starts production."""
-    aws.sagemaker.update_model_package(
-        ModelPackageArn=arn,
-        ModelApprovalStatus=approval,
-        ApprovalDescription=note or f"{approval} by mla-pipeline",
-    )
-
-
 def invoke(aws: Aws, endpoint: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     """The endpoint's answer to a prompt, as OpenAI's completions form it. UserError for no such endpoint."""
     answer = there(
@@ -306,14 +242,6 @@ def no_endpoint(aws: Aws, name: str) -> UserError:
     """There is no endpoint of the name."""
     fix = "staging comes with a release, production with its approval"
     return UserError(f"no endpoint '{name}'", aws.region, fix)
-
-
-def there(call: Callable[..., Any], none: UserError, **arguments: Any) -> Any:
-    """The answer; raises `none` when what is asked for does not exist."""
-    answer = if_there(call, **arguments)
-    if answer is None:
-        raise none
-    return answer
 
 
 def report(aws: Aws, arn: str, folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipelines import run, service, upsert
+from pipelines import run, upsert, versions
 from pipelines.aws import Aws
 from pipelines.display import Display
 from pipelines.local import Local
@@ -52,9 +52,9 @@ class Chain:
         answer = self.aws.sagemaker.list_pipeline_executions(PipelineName=self.production)
         return answer["PipelineExecutionSummaries"]
 
-    def packages(self) -> list[service.Package]:
+    def packages(self) -> list[versions.Package]:
         """All registered versions."""
-        return service.packages(self.aws, self.local.settings.names.model_package_group)
+        return versions.packages(self.aws, self.local.settings.names.model_package_group)
 
 
 @pytest.fixture(scope="package")
@@ -75,7 +75,7 @@ def _first_release(local: Local) -> Chain:
     run.train_demo(local, *TRAINING)
     seen: dict[str, Any] = {}
 
-    def reject(package: service.Package) -> str:
+    def reject(package: versions.Package) -> str:
         names = local.settings.names
         seen["status"] = package.status
         seen["executions"] = aws.sagemaker.list_pipeline_executions(PipelineName=names.production_pipeline)

@@ -14,7 +14,7 @@ import boto3
 import pytest
 from rich.console import Console
 
-from pipelines import run, service
+from pipelines import run, service, versions
 from pipelines.display import Display
 from pipelines.errors import UserError
 from tests.e2e.conftest import QUICK, Chain
@@ -128,7 +128,7 @@ def test_approval_by_a_plain_client_moves_the_version_to_production(chain: Chain
     assert ended.status == "Succeeded", explain(chain, ended)
     answer = service.invoke(chain.aws, "mla-production", "The assert", 4)
     assert answer["usage"]["completion_tokens"] == 4
-    version = service.package(chain.aws, package).metadata["MlflowModelVersion"]
+    version = versions.package(chain.aws, package).metadata["MlflowModelVersion"]
     assert alias(chain, "production") == version
     assert tags(chain, version)["mla.stage"] == "production"
 

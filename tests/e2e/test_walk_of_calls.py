@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines import service
+from pipelines import service, versions
 from pipelines.sandbox.calls import USER
 from pipelines.settings import ROLES
 from tests.config.iam_walk import Report, walk
@@ -22,8 +22,8 @@ def promoted(chain: Chain) -> Chain:
     """The chain after a promotion that created production, one that updated it, and a release beside it."""
     settings, arn = chain.local.settings, chain.summary.model_package_arn
     endpoint = str(settings.parameters.production["ProductionEndpointName"])
-    if service.package(chain.aws, arn).status != "Approved":
-        service.decide(chain.aws, arn, "Approved", "")
+    if versions.package(chain.aws, arn).status != "Approved":
+        versions.decide(chain.aws, arn, "Approved", "")
         ended = service.wait(chain.aws, service.started_for(chain.aws, chain.production, arn, 30), 0.2, 180)
         assert ended.status == "Succeeded", service.reason(ended)
     other = "ml.c7i.4xlarge"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import service
+from pipelines import service, versions
 from pipelines.aws import Aws, explained
 from pipelines.errors import UserError
 from pipelines.local import CREDENTIALS
@@ -130,11 +130,11 @@ def test_a_version_beyond_the_first_page_is_found(aws: Aws) -> None:
             InferenceSpecification=specification,
             ModelApprovalStatus="Rejected" if number else "PendingManualApproval",
         )
-    assert service.find_package(aws, group, "2").version == 2
-    assert service.find_package(aws, group, None).version == 1
-    assert len(service.packages(aws, group)) == 103
+    assert versions.find_package(aws, group, "2").version == 2
+    assert versions.find_package(aws, group, None).version == 1
+    assert len(versions.packages(aws, group)) == 103
     with pytest.raises(UserError, match=r"no version 999: .*103 \(Rejected\), .* and 93 older$"):
-        service.find_package(aws, group, "999")
+        versions.find_package(aws, group, "999")
 
 
 def test_an_execution_a_version_or_an_endpoint_that_is_not_there_is_said_with_the_remedy(aws: Aws) -> None:
@@ -142,7 +142,7 @@ def test_an_execution_a_version_or_an_endpoint_that_is_not_there_is_said_with_th
     with pytest.raises(UserError, match=r"no execution 'nope': .*; `mla-pipeline status`"):
         service.status(aws, f"{arn}:pipeline/{NAME}/execution/nope")
     with pytest.raises(UserError, match=r"no version '.*/nope/9': us-east-1; its number"):
-        service.find_package(aws, "nope", f"{arn}:model-package/nope/9")
+        versions.find_package(aws, "nope", f"{arn}:model-package/nope/9")
     with pytest.raises(UserError, match=r"no endpoint 'nope': us-east-1; staging comes with a release"):
         service.invoke(aws, "nope", "text", 1)
     with pytest.raises(UserError, match=r"no execution yet: pipeline nope; run `mla-pipeline upsert`"):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pipelines import endpoint, rollback, service
+from pipelines import endpoint, rollback, service, versions
 from pipelines.aws import Aws as Clients
 from pipelines.errors import UserError
 from pipelines.settings import Settings
@@ -44,7 +44,7 @@ class World:
 
     def deploy(self, arn: str) -> None:
         """Approve a version and run the production pipeline with it."""
-        service.decide(self.clients, arn, "Approved", "")
+        versions.decide(self.clients, arn, "Approved", "")
         self.follow(service.start(self.clients, NAME, {"ModelPackageArn": arn}))
 
     def follow(self, execution: str) -> None:
@@ -196,14 +196,14 @@ def test_there_is_nothing_before_the_first_version(world: World) -> None:
 
 
 def test_only_versions_that_served_and_are_still_approved_come_into_question(world: World) -> None:
-    service.decide(world.clients, world.versions[1], "Rejected", "")
+    versions.decide(world.clients, world.versions[1], "Rejected", "")
     world.deploy(world.versions[2])
     chosen = rollback.plan(world.clients, world.settings)
     assert chosen.target.arn == world.versions[0]  # 2 served as well, but was rejected
-    service.decide(world.clients, world.versions[0], "Rejected", "")
+    versions.decide(world.clients, world.versions[0], "Rejected", "")
     with pytest.raises(UserError, match=r"older: 2 \(Rejected\), 1 \(Rejected\)"):
         rollback.plan(world.clients, world.settings)
-    service.decide(world.clients, world.versions[0], "Approved", "")
+    versions.decide(world.clients, world.versions[0], "Approved", "")
 
 
 @pytest.mark.parametrize(
@@ -240,4 +240,4 @@ def test_staging_is_traced_to_its_version_by_its_release(world: World) -> None:
     }
     world.aws.sagemaker.create_endpoint_config(EndpointConfigName=config, ProductionVariants=[variant])
     staged = endpoint._staged(world.clients, world.settings, config)
-    assert service.package(world.clients, staged).version == 4
+    assert versions.package(world.clients, staged).version == 4
