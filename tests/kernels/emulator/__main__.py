@@ -22,7 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--multiprocessors", type=int, default=8, metavar="N", help="of the device, at most 63"
     )
     parser.add_argument("--cases", default="", metavar="TEXT", help="only cases with this in their name")
-    parser.add_argument("--fault", default="", metavar="FILE:LINE", help="leave this synchronisation out")
+    parser.add_argument(
+        "--fault",
+        default="",
+        metavar="FILE:LINE",
+        help="leave this synchronisation out (!FILE:LINE: invert the parity)",
+    )
     options = parser.parse_args(arguments)
     library = build()
     cases = [dataclasses.replace(case, name=f"{case.name}, 16 bits") for case in CASES]
@@ -41,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 text = "" if result.passed else str(result)
             except EmulatedFailure as error:
                 text = str(error)
+            if options.fault and options.fault.removeprefix("!") not in emulator.synchronisations():
+                text = text or f"no run has come by a synchronisation at {options.fault}"
             if text:
                 wrong += 1
                 print(f"{case.name}, seed {seed}: {text}", flush=True)
