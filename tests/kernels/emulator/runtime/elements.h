@@ -17,9 +17,15 @@ float element_to_float(uint16_t bits) {
     memcpy(&value, &wide, 4);
     return value;
   } else {
-    _Float16 value;
-    memcpy(&value, &bits, 2);
-    return static_cast<float>(value);
+    const uint32_t magnitude = uint32_t(bits & 0x7FFF) << 13, special = 0x7F800000 | magnitude;
+    float value;
+    memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;  // the difference of the exponents' offsets; exact
+    uint32_t wide;
+    memcpy(&wide, &value, 4);
+    wide = ((bits & 0x7C00) == 0x7C00 ? special : wide) | uint32_t(bits & 0x8000) << 16;
+    memcpy(&value, &wide, 4);
+    return value;
   }
 }
 
