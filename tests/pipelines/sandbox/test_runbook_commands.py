@@ -19,6 +19,7 @@ from tests.pipelines.sandbox.test_endpoints import create, model
 RUNBOOK = (Path(__file__).resolve().parents[3] / "docs" / "runbook.md").read_text(encoding="utf-8")
 PREFIX = "book"  # NamePrefix here; the page says mla, which other tests of this sandbox use
 STACKS = ("", "-roles", "-watching", "-triggers", "-network")
+VARIANT = f"endpoint/{PREFIX}-production/variant/AllTraffic"
 TEMPLATE = json.dumps({"Resources": {"Topic": {"Type": "AWS::SNS::Topic"}}})
 
 
@@ -45,7 +46,7 @@ def account(aws: Aws, tmp_path_factory: pytest.TempPathFactory) -> tuple[Aws, Pa
         events.put_targets(Rule=rule, Targets=[{"Id": target, "Arn": arn, "RoleArn": aws.role}])
     aws.client("application-autoscaling").register_scalable_target(
         ServiceNamespace="sagemaker",
-        ResourceId=f"endpoint/{PREFIX}-production/variant/AllTraffic",
+        ResourceId=VARIANT,
         ScalableDimension="sagemaker:variant:DesiredInstanceCount",
         MinCapacity=1,
         MaxCapacity=2,
@@ -78,9 +79,13 @@ def left_over(aws: Aws) -> list[str]:
         "pipelines": lambda: aws.sagemaker.list_pipelines(PipelineNamePrefix=PREFIX)["PipelineSummaries"],
         "rules": lambda: aws.client("events").list_rules(NamePrefix=PREFIX)["Rules"],
         "targets": lambda: aws.client("application-autoscaling").describe_scalable_targets(
-            ServiceNamespace="sagemaker"
+            ServiceNamespace="sagemaker", ResourceIds=[VARIANT]
         )["ScalableTargets"],
-        "stacks": lambda: aws.client("cloudformation").describe_stacks()["Stacks"],
+        "stacks": lambda: [
+            stack
+            for stack in aws.client("cloudformation").describe_stacks()["Stacks"]
+            if stack["StackName"].removeprefix(PREFIX) in STACKS
+        ],
     }
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
