@@ -232,6 +232,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + _SPACE_RESERVE > free:
         raise StepError(
-            f"The model needs {size_text(needed)}, but {folder} has {size_text(free)} free.",
+            f"The model needs {size_text(needed)}, and {size_text(_SPACE_RESERVE)} must stay free, but "
+            f"{folder} has {size_text(free)}.",
             "Give the step a larger volume (VolumeSizeInGB).",
         )
