@@ -1,10 +1,22 @@
 """The defaults of a request that a checkpoint brings along. Imports no torch."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from container.serving.config_json import NotMlaModel
+
+log = logging.getLogger(__name__)
+
+# Of transformers, not of this server, with the values that change nothing.
+IGNORED: Mapping[str, tuple[Any, ...]] = {
+    "min_p": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1),
+    "typical_p": (None, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,10 @@ class GenerationDefaults:
                 raise NotMlaModel(f"{where}: {name} is {found!r}, expected {low:g} to {high:g}")
             return found
 
+        if ignored := [name for name, neutral in IGNORED.items() if raw.get(name) not in neutral]:
+            log.warning(
+                "%s: %s will not be applied: this server has no such thing", where, ", ".join(ignored)
+            )
         temperature = value("temperature", 0, 100)
         if raw.get("do_sample") is False:  # greedy, whatever else is written
             temperature = 0.0

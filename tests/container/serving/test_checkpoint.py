@@ -105,6 +105,19 @@ def test_defaults_of_the_generation_config(tmp_path: Path) -> None:
         ModelConfig.from_folder(tmp_path)
 
 
+def test_what_the_server_does_not_apply_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, V3)
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"repetition_penalty": 1.0, "num_beams": 1, "min_p": null}')
+    ModelConfig.from_folder(tmp_path)
+    assert not caplog.messages
+    path.write_text('{"repetition_penalty": 1.1, "num_beams": 4, "temperature": 0.5}')
+    assert ModelConfig.from_folder(tmp_path).generation.temperature == 0.5
+    assert caplog.messages == [
+        f"{path}: num_beams, repetition_penalty will not be applied: this server has no such thing"
+    ]
+
+
 @pytest.mark.parametrize("family", [2, 3])
 def test_keys_left_out_are_those_of_transformers(family: int) -> None:
     import transformers
