@@ -63,6 +63,9 @@ ENDPOINT = Form(
 )
 
 
+MODEL = Form("[^/:]+", "a model's name in MLflow, which has no / or :")
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One pipeline parameter; `enum` is empty when any value of the type is allowed."""
@@ -94,7 +97,9 @@ class Parameter:
         if self.type == "String" and not parsed:
             raise UserError(f"{self.name} is empty", where, "give a value")
         if self.form and not re.fullmatch(self.form.pattern, str(parsed)):
-            raise UserError(f"{self.name} = {value!r} is refused by AWS", where, f"give {self.form.words}")
+            raise UserError(
+                f"{self.name} = {value!r} would be refused later", where, f"give {self.form.words}"
+            )
         if self.least is not None and isinstance(parsed, (int, float)) and parsed < self.least:
             raise UserError(f"{self.name} = {parsed} is too small", where, f"give {self.least} or more")
         if self.enum and parsed not in self.enum:
@@ -159,6 +164,7 @@ RELEASE = (
         "AcceleratedModelName",
         "String",
         "MLflow name to also register weights and kernel under, for batch jobs; - registers none",
+        form=MODEL,
     ),
 )
 

@@ -62,7 +62,8 @@ def test_another_type_is_refused_with_name_and_place(type_: parameters.Type, val
     [
         ("StagingEndpointName", "under_score", "give 1 to 63 letters, digits and dashes"),
         ("StagingEndpointName", "a" * 64, "1 to 63"),
-        ("StagingEndpointName", "end-\n", "refused by AWS"),
+        ("StagingEndpointName", "end-\n", "would be refused later"),
+        ("AcceleratedModelName", "a/b", "has no / or :"),
         ("EndpointInstanceCount", "0", "EndpointInstanceCount = 0 is too small: here; give 1 or more"),
         ("EndpointInstanceCount", -3, "too small"),
     ],
