@@ -74,8 +74,9 @@ typedef struct mla_decode_params {
   int64_t out_stride_seq;
   int64_t out_stride_head;
   float* lse;                    // [batch, h_q, s_q], contiguous
-  // mla_decode_workspace_bytes() bytes, 256-byte aligned, for one run at a time. A GPU target counts in its first 4096
-  // bytes: zero them once, before the first use; every run leaves them zero. The rest needs no initial contents.
+  // mla_decode_workspace_bytes() bytes, 256-byte aligned, for one run at a time. A GPU target keeps its counters
+  // within the first 4096 bytes: zero these once, before the first use; every run leaves its counters zero. The rest
+  // needs no initial contents.
   void* workspace;
   uint64_t workspace_bytes;
   void* stream;                  // cudaStream_t of a GPU target; NULL on the cpu
