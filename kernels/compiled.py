@@ -135,34 +135,43 @@ class CompiledBackend:
         reason = self.unsupported(problem)
         if reason is not None:
             raise NotImplementedError(f"backend {self.name}: {reason}")
+        params = call_params(problem, q, k_cache, block_table, softmax_scale)
+        params.num_threads = 0 if self._on_gpu else torch.get_num_threads()
         b, s_q, h_q, _ = q.shape
-        params = DecodeParams(
-            struct_bytes=ctypes.sizeof(DecodeParams),
-            q_dtype=DTYPE_CODES[q.dtype],
-            kv_dtype=DTYPE_CODES[k_cache.dtype],
-            batch=b,
-            s_q=s_q,
-            h_q=h_q,
-            kv_lora_rank=problem.kv_lora_rank,
-            rope_dim=problem.rope_dim,
-            num_blocks=k_cache.shape[0],
-            page_size=problem.page_size,
-            max_blocks_per_seq=block_table.shape[1],
-            causal=int(causal),
-            softmax_scale=softmax_scale,
-            num_threads=0 if self._on_gpu else torch.get_num_threads(),
-            q_stride_batch=q.stride(0),
-            q_stride_seq=q.stride(1),
-            q_stride_head=q.stride(2),
-            kv_stride_block=k_cache.stride(0),
-            kv_stride_token=k_cache.stride(1),
-            block_table_stride=block_table.stride(0),
-            out_stride_batch=s_q * h_q * head_dim_v,
-            out_stride_seq=h_q * head_dim_v,
-            out_stride_head=head_dim_v,
-        )
         size = params.workspace_bytes = self._workspace_bytes(ctypes.addressof(params))
         return _Plan(params, ctypes.addressof(params), (b, s_q, h_q, head_dim_v), (b, h_q, s_q), size)
+
+
+def call_params(
+    problem: Problem, q: Tensor, k_cache: Tensor, block_table: Tensor, softmax_scale: float
+) -> DecodeParams:
+    """What a call's sizes, strides and dtypes say, for contiguous outputs; addresses are still null."""
+    b, s_q, h_q, _ = q.shape
+    head_dim_v = problem.kv_lora_rank
+    return DecodeParams(
+        struct_bytes=ctypes.sizeof(DecodeParams),
+        q_dtype=DTYPE_CODES[q.dtype],
+        kv_dtype=DTYPE_CODES[k_cache.dtype],
+        batch=b,
+        s_q=s_q,
+        h_q=h_q,
+        kv_lora_rank=head_dim_v,
+        rope_dim=problem.rope_dim,
+        num_blocks=k_cache.shape[0],
+        page_size=problem.page_size,
+        max_blocks_per_seq=block_table.shape[1],
+        causal=int(problem.causal),
+        softmax_scale=softmax_scale,
+        q_stride_batch=q.stride(0),
+        q_stride_seq=q.stride(1),
+        q_stride_head=q.stride(2),
+        kv_stride_block=k_cache.stride(0),
+        kv_stride_token=k_cache.stride(1),
+        block_table_stride=block_table.stride(0),
+        out_stride_batch=s_q * h_q * head_dim_v,
+        out_stride_seq=h_q * head_dim_v,
+        out_stride_head=head_dim_v,
+    )
 
 
 def _status_error(status: int, target: str, message: str) -> Exception:

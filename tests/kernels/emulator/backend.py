@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import Problem, check_arguments
-from kernels.compiled import DTYPE_CODES
-from kernels.package import DecodeParams, KernelPackage, file_sha256
+from kernels.compiled import call_params
+from kernels.package import KernelPackage, file_sha256
 from kernels.workspace import COUNTER_BYTES
 
 ERROR_BYTES = 4096
@@ -74,22 +74,13 @@ class Emulator:
         b, s_q, h_q, _ = q.shape
         out = torch.full((b, s_q, h_q, head_dim_v), float("nan"), dtype=q.dtype)
         lse = torch.full((b, h_q, s_q), float("nan"))
-        params = DecodeParams(
-            struct_bytes=ctypes.sizeof(DecodeParams), q_dtype=DTYPE_CODES[q.dtype],
-            kv_dtype=DTYPE_CODES[k_cache.dtype], batch=b, s_q=s_q, h_q=h_q,
-            kv_lora_rank=problem.kv_lora_rank, rope_dim=problem.rope_dim, num_blocks=k_cache.shape[0],
-            page_size=problem.page_size, max_blocks_per_seq=block_table.shape[1], causal=int(causal),
-            softmax_scale=softmax_scale, q=q.data_ptr(), q_stride_batch=q.stride(0), q_stride_seq=q.stride(1),
-            q_stride_head=q.stride(2), kv_cache=k_cache.data_ptr(), kv_stride_block=k_cache.stride(0),
-            kv_stride_token=k_cache.stride(1), block_table=block_table.data_ptr(),
-            block_table_stride=block_table.stride(0), cache_seqlens=cache_seqlens.data_ptr(),
-            out=out.data_ptr(), out_stride_batch=out.stride(0), out_stride_seq=out.stride(1),
-            out_stride_head=out.stride(2), lse=lse.data_ptr(),
-        )  # fmt: skip
+        params = call_params(problem, q, k_cache, block_table, softmax_scale)
         tensors = {
             "q": q, "kv_cache": k_cache, "block_table": block_table, "cache_seqlens": cache_seqlens,
             "out": out, "lse": lse,
         }  # fmt: skip
+        for name, tensor in tensors.items():
+            setattr(params, name, tensor.data_ptr())
         self._configure(tensors)
         size = self._library.mla_decode_workspace_bytes(ctypes.byref(params))
         if self.workspace.numel() < size:
