@@ -77,7 +77,14 @@ def write_checkpoint(folder: Path, form: str, **save: Any) -> Any:
 
     family, changes = FORMS[form]
     config = getattr(transformers, f"DeepseekV{family}Config")(**{**SIZES, **changes})
-    torch.manual_seed(7)
+    return save_random(config, family, 7, folder, **save)
+
+
+def save_random(config: Any, family: int, seed: int, folder: Path, **save: Any) -> Any:
+    """Saves transformers' model of a configuration with random weights, and returns it."""
+    import transformers
+
+    torch.manual_seed(seed)
     model = getattr(transformers, f"DeepseekV{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

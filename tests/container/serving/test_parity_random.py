@@ -9,6 +9,7 @@ import torch
 
 from container.serving.engine import Engine, Options
 from container.serving.sequence import Sampling
+from tests.container.serving.conftest import save_random
 
 # of logits, relative, and of log probabilities, absolute: float32 in another order of operations
 LOGITS_BOUND, LOGPROB_BOUND = 1e-3, 5e-3
@@ -78,16 +79,7 @@ def checkpoint(folder: Path, seed: int, draw: random.Random) -> Any:
     family, fields = configuration(draw)
     config = getattr(transformers, f"DeepseekV{family}Config")(**fields)
     config._experts_implementation = "eager"  # the grouped one takes no odd sizes
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"DeepseekV{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "bias" in name:
-                tensor.normal_(std=0.1)
-            elif "norm" in name:
-                tensor.uniform_(0.5, 1.5)
-    model.save_pretrained(folder, max_shard_size=draw.choice(("20KB", "1GB")))
-    return model
+    return save_random(config, family, seed, folder, max_shard_size=draw.choice(("20KB", "1GB")))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # no shared experts
