@@ -166,6 +166,13 @@ class VllmEngine(BaseEngine):
     def close(self) -> None:
         self._llm.engine_core.shutdown(timeout=SHUTDOWN_SECONDS)
 
+    def profile(self, on: bool) -> None:
+        """Starts or ends the profiler that vLLM's profiler_config names, in its workers."""
+        if on:
+            self._llm.start_profile()
+        else:
+            self._llm.stop_profile()
+
     def _take(self, output: Any) -> list[Step]:
         """The steps of one request's new tokens: more than one when they came while the last was handled."""
         sequence = self._running.get(output.request_id)
