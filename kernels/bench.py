@@ -22,10 +22,11 @@ from torch import Tensor
 from kernels.arguments import Problem
 from kernels.backends import Backend, BackendError, available_backends, get_backend
 from kernels.bench_options import HEADS, WORKLOAD, parse
+from kernels.limits import read_bytes_per_us
 from kernels.machine import device_name
 from kernels.reference import compiled_absorbed, mla_decode_absorbed
 from kernels.targets import BuildError
-from kernels.timing import Timing, interleaved, one_call_us
+from kernels.timing import Timing, interleaved
 from kernels.versus import against_peers
 from kernels.workloads import Case, Inputs, make_inputs, parse_workload
 
@@ -141,11 +142,8 @@ def _measurement(
 
 
 def read_limit_gbps(device: torch.device | str = "cpu", megabytes: int = 256) -> float:
-    """Gigabytes a second at which this device sums a tensor far larger than its caches, best of 15."""
-    device = torch.device(device)
-    tensor = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
-    best = min(one_call_us(tensor.sum, device) for _ in range(15))
-    return tensor.numel() * 4 / best / 1e3
+    """Gigabytes a second at which this device sums a tensor far larger than its caches."""
+    return read_bytes_per_us(torch.ones(megabytes << 18, dtype=torch.float32, device=device)) / 1e3
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -36,13 +36,18 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> argparse.
         default=True,
         help="time torch.compile's baseline too",
     )
-    add("--out", type=_file, help="write the measurements as JSON")
+    add(
+        "--out",
+        type=_file,
+        help="write the measurements as JSON; with --peers a line a case, as it is measured",
+    )
     add = parser.add_argument_group("--peers").add_argument
     add("--peers", action="store_true", help="the hopper target beside FlashMLA and FlashAttention-3")
     add(
         "--cases",
         help='parts of names of the grid\'s cases, comma separated, such as "b4 s8192 q1 h16"; or markers',
     )
+    add("--rows", type=Path, help="measure nothing, write the page of an earlier run from its --out")
     add(
         "--library",
         type=_library,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.limits import H100, Limits
 from kernels.reference import FP8_TOKEN_BYTES
 from kernels.workloads import Case, parse_workload
 
@@ -16,9 +18,6 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 LENGTHS = (512, 1024, 4096, 8192, 32768)
 HEADS = (16, 32, 64, 128)
 LONG_TAIL = (4641, 45118, 1730, 1696)
-# Measured on an H100 with large inputs: bytes read, and operations of a bfloat16 matrix product.
-BYTES_PER_US = 2.75e6
-OPERATIONS_PER_US = 788e6
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,10 @@ class GridCase:
         """Distinguishes the case from every other, e.g. "b4 s8192 q1 h16" or "long tail q4 h16 fp8"."""
         return f"{self.label} q{self.s_q} h{self.h_q}" + (" fp8" if self.fp8 else "")
 
+    def with_16_bits(self) -> GridCase:
+        """The same case with a bfloat16 cache."""
+        return dataclasses.replace(self, fp8=False)
+
     @property
     def kv_dtype(self) -> torch.dtype:
         return torch.uint8 if self.fp8 else torch.bfloat16
@@ -49,8 +52,8 @@ class GridCase:
     def uniform(self) -> bool:
         return len(set(self.lengths)) == 1
 
-    def floor_us(self) -> float:
-        """The longer of bytes and operations at the machine's measured rates, microseconds.
+    def floor_us(self, limits: Limits = H100) -> float:
+        """The longer of bytes and operations at a machine's rates, microseconds.
 
         Bytes: the cache once, 576 values of a query and 512 of its output in 16 bits. Operations: a
         multiplication and an addition for each of 576 + 512 values of every query and token.
@@ -58,7 +61,8 @@ class GridCase:
         tokens = sum(self.lengths)
         token_bytes = FP8_TOKEN_BYTES if self.fp8 else 2 * 576
         moved = tokens * token_bytes + len(self.lengths) * self.rows * 2 * (576 + 512)
-        return max(moved / BYTES_PER_US, 2 * (576 + 512) * tokens * self.rows / OPERATIONS_PER_US)
+        operations = 2 * (576 + 512) * tokens * self.rows
+        return max(moved / limits.bytes_per_us, operations / limits.operations_per_us)
 
 
 def uniform(case: Case, h_q: int, fp8: bool = False) -> GridCase:

@@ -47,6 +47,11 @@ class PagePool:
         """Where the pages are."""
         return self._memory.device
 
+    @property
+    def memory(self) -> Tensor:
+        """All of its bytes."""
+        return self._memory
+
     def inputs(self, case: GridCase) -> Inputs:
         """Arguments of `case` in absorbed DeepSeek sizes, its pages drawn at random from the whole pool."""
         pages = self._formatted(case.kv_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import functools
 import gc
 import json
@@ -19,11 +19,14 @@ from kernels import peers
 from kernels.backends import Backend, get_backend
 from kernels.compiled import CompiledBackend
 from kernels.grid import GridCase, full_grid, select, shapes
+from kernels.limits import Limits
+from kernels.limits import measured as measured_limits
 from kernels.machine import device_name
 from kernels.package import LIBRARY, KernelPackage, file_sha256
 from kernels.pool import PagePool
 from kernels.timing import Repeatable, in_turn, repeatable
-from kernels.versus_table import NOTHING, PLANNED, Row, render
+from kernels.versus_rows import NOTHING, PLANNED, Comparison, Row, read, write_line
+from kernels.versus_table import RATE_BYTES, render
 from kernels.workloads import Inputs
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -34,10 +37,13 @@ Calls = Mapping[str, Callable[[], tuple[Tensor, Tensor]]]
 def against_peers(options: argparse.Namespace, heads: str) -> int:
     """Measure the chosen cases, print them, and write RESULTS.md when they were the whole grid.
 
-    options: the command line of kernels.bench; heads: its default. Raises ValueError without a Hopper GPU or
-    a case, or when the pool of pages does not fit. Returns 1 when an output disagrees with ours or something
-    was not measured, else 0.
+    options: the command line of kernels.bench; heads: its default. With --rows nothing is measured. Raises
+    ValueError without a Hopper GPU or a case, or when the pool of pages does not fit. Returns 1 when an
+    output disagrees with ours or something was not measured, else 0.
     """
+    if options.rows:
+        run, rows = read(options.rows)
+        return publish(run, rows, options.results)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise ValueError("--peers needs a GPU of compute capability 9.0")
     if options.workload:
@@ -60,31 +66,42 @@ def measure(
     options: argparse.Namespace, ours: Mapping[str, Backend], names: Sequence[str], cases: Sequence[GridCase],
     device: torch.device, whole: bool,
 ) -> int:  # fmt: skip
-    """Compare on `cases`, print each as it is measured, then print the page and write the files asked for.
+    """Compare on `cases`, print each and append it to --out as it is measured, then publish the page.
 
     Without --results the page goes to RESULTS.md if `cases` are the `whole` grid with every peer and all of
     them were tried. Returns as `against_peers`.
     """
     pool = PagePool(cases, device, int(options.pool_gib * 2**30))
-    rows: list[Row] = []
-    try:
-        for row in compare(ours, names, cases, options.rounds, pool):
-            rows.append(row)
-            print(json.dumps(medians(row)), flush=True)
-    except (KeyboardInterrupt, Exception) as error:  # what was measured is worth a page
-        print(f"stopped after {len(rows)} of {len(cases)} cases: {error!r}", file=sys.stderr)
-    main = next(iter(ours))
-    if not any(main in row.cold for row in rows):
-        return 1
     machine = f"{device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
-    page = render(rows, main, machine, [peers.PEERS[name].version() for name in names], pool.bytes)
-    print(page)
-    if options.out:
-        options.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+    versions = tuple(peers.PEERS[name].version() for name in names)
+    limits = measured_limits(pool.memory[:RATE_BYTES])
+    run = Comparison(next(iter(ours)), machine, versions, pool.bytes, limits)
+    rows: list[Row] = []
+    with options.out.open("w") if options.out else contextlib.nullcontext() as file:
+        if file:
+            write_line(file, run)
+        try:
+            for row in compare(ours, names, cases, options.rounds, pool):
+                rows.append(row)
+                print(json.dumps(medians(row, limits)), flush=True)
+                if file:
+                    write_line(file, row)
+        except (KeyboardInterrupt, Exception) as error:  # what was measured is worth a page
+            print(f"stopped after {len(rows)} of {len(cases)} cases: {error!r}", file=sys.stderr)
     tried = len(rows) == len(cases)
-    if results := options.results or (RESULTS if whole and tried else None):
+    return publish(run, rows, options.results or (RESULTS if whole and tried else None)) or int(not tried)
+
+
+def publish(run: Comparison, rows: Sequence[Row], results: Path | None) -> int:
+    """Print the page, and write it to `results`. Returns as `against_peers`."""
+    if not any(run.ours in row.cold for row in rows):
+        print("nothing was measured", file=sys.stderr)
+        return 1
+    page = render(run, rows)
+    print(page)
+    if results:
         results.write_text(page)
-    return int(not tried or any(row.disagreeing or row.failures for row in rows))
+    return int(any(row.disagreeing or row.failures for row in rows))
 
 
 def compare(
@@ -170,12 +187,12 @@ def recover(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def medians(row: Row) -> dict[str, object]:
+def medians(row: Row, limits: Limits) -> dict[str, object]:
     """A row in short, for a line of output."""
     cold, warm = (
         {name: round(timing.p50_us, 1) for name, timing in times.items()} for times in (row.cold, row.warm)
     )
-    shown = {"case": row.case.name, "floor": round(row.case.floor_us(), 1), "cold": cold, "warm": warm}
+    shown = {"case": row.case.name, "floor": round(row.case.floor_us(limits), 1), "cold": cold, "warm": warm}
     return shown | ({"failed": dict(row.failures)} if row.failures else {})
 
 

@@ -15,10 +15,12 @@ from kernels import Backend, get_backend, versus
 from kernels.bench_options import parse
 from kernels.checks import compare as check
 from kernels.grid import GridCase
+from kernels.limits import H100
 from kernels.peers import PEERS, Peer, Run, gathered
 from kernels.pool import PagePool, room_pages
 from kernels.versus import compare
-from kernels.versus_table import NOTHING, render
+from kernels.versus_rows import NOTHING, Comparison, read
+from kernels.versus_table import render
 from kernels.workloads import Inputs
 
 CPU = torch.device("cpu")
@@ -136,7 +138,7 @@ def test_the_comparison_goes_on_after_a_peer_is_out_of_memory(
         assert row.cold.keys() == row.warm.keys()
         assert not row.disagreeing
         assert all(timing.samples == 3 and timing.p50_us > 0 for timing in row.cold.values())
-    page = render(rows, "hopper", "a machine", [], pool.bytes)
+    page = render(Comparison("hopper", "a machine", (), pool.bytes, H100), rows)
     assert "**Not measured:**\nragged q2 h3: flash_mla, out of memory" in page
     assert all(one() is None for one in taken)
 
@@ -161,15 +163,16 @@ def test_the_command_writes_what_was_measured_before_an_error(
         return by_reference(inputs, room)
 
     monkeypatch.setitem(PEERS, "fa3", stand_in("FlashAttention-3", broken_on_ragged))
-    page, out = tmp_path / "page.md", tmp_path / "rows.json"
+    page, out = tmp_path / "page.md", tmp_path / "rows.jsonl"
     arguments = ["--peers", "--rounds", "3", "--pool-gib", "0.01", "--results", str(page), "--out", str(out)]
     options = parse(arguments, None)
     assert versus.measure(options, {"hopper": cpu}, ["fa3"], [SMALL], CPU, whole=True) == 0
-    assert [row["case"]["label"] for row in json.loads(out.read_text())] == ["small"]
+    assert [row.case for row in read(out)[1]] == [SMALL]
     assert "| small | 1 | 4 |" in page.read_text()
     page.unlink()
     assert versus.measure(options, {"hopper": cpu}, ["fa3"], [SMALL, RAGGED, SMALL], CPU, whole=True) == 1
     assert page.read_text().count("| small | 1 | 4 |") == 2  # cold and warm
+    assert [row.case for row in read(out)[1]] == [SMALL]
     said = capsys.readouterr()
     assert "stopped after 1 of 3 cases: AssertionError('refused by the peer" in said.err
     assert json.loads(said.out.splitlines()[0])["case"] == "small q1 h4"
