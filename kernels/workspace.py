@@ -1,9 +1,9 @@
 """Scratch memory of compiled targets: one a thread, device and stream, and others for CUDA graphs.
 
 A GPU target counts in the first COUNTER_BYTES, from 0 and back to 0 with every run (csrc/mla_decode.h): they
-are zeroed once, when the memory is taken, so that a graph holds the kernel alone. Memory comes from a stream
-of its own: what the current stream allocates in a capture, or under torch.compile's graph trees, belongs to
-the graphs' pool, which may hand it to another graph.
+are zeroed once, when the memory is taken, so that a graph holds the kernel alone. Memory is taken by a thread
+and on a stream of its own: what a capture's stream allocates, and under torch.compile's graph trees what the
+thread allocates on any stream, belongs to the graphs' pool, which may hand it to another graph.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -116,31 +115,30 @@ def zeroed(device: torch.device, size: int) -> Tensor:
     """Memory that `fits` size bytes, the counters zero now, whatever is being captured."""
     if device.type == "cpu":
         return torch.empty(size + ALIGN, dtype=torch.uint8)
-    with _capture_allowing_anything(), torch.cuda.stream(_own_stream(device)):
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(_zeroed_on_gpu, device, size).result()
+
+
+def _zeroed_on_gpu(device: torch.device, size: int) -> Tensor:
+    """For a thread of its own, which ends with the capture mode that it leaves."""
+    # while another thread captures, allocating and waiting are refused unless this one's mode is relaxed
+    _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(_RELAXED)))
+    stream = _own_stream(device)
+    with torch.cuda.stream(stream):
         memory = torch.empty(size + ALIGN, dtype=torch.uint8, device=device)
         memory[: COUNTER_BYTES + ALIGN].zero_()
-        _own_stream(device).synchronize()
+        stream.synchronize()
     return memory
-
-
-@contextmanager
-def _capture_allowing_anything() -> Iterator[None]:
-    """A capture of this thread refuses to wait for streams, captured or not, unless its mode is relaxed."""
-    mode = ctypes.c_int(_RELAXED)
-    _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
 
 @functools.cache
 def _own_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that is none of torch's pool, whose streams come round and may be under capture."""
-    with torch.cuda.device(device):
-        stream = ctypes.c_void_p()
-        _call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
-        return torch.cuda.ExternalStream(stream.value, device)
+    context, stream = ctypes.c_void_p(), ctypes.c_void_p()
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device.index)  # a new thread has none
+    _call("cuCtxSetCurrent", context)
+    _call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+    return torch.cuda.ExternalStream(stream.value, device)
 
 
 def _capture(stream: int) -> tuple[int, int]:

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from kernels import get_backend
+from kernels.build import cached_package
 from kernels.checks import CheckCase, run_case
-from kernels.package import DecodeParams
+from kernels.package import LIBRARY, LOG, DecodeParams
 from kernels.timing import captured
 from kernels.versus import library_backend
 from kernels.workloads import make_inputs
 from tests.kernels.hopper_cases import BF16, CASES, FP8
 
-SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "csrc"
 INVALID, UNSUPPORTED = 1, 2
 ADDRESS = 1 << 20  # never read: every refusal comes first
 
@@ -32,17 +32,10 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def compiled() -> tuple[Path, str]:
     """The library and what ptxas said."""
-    path = tmp_path_factory.mktemp("hopper") / "libmla_decode.so"
-    done = subprocess.run(
-        ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3", "-shared", "-Xcompiler",
-         "-fPIC", "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v", f"-I{SOURCES}",
-         str(SOURCES / "hopper" / "mla_decode.cu"), "-o", str(path)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return path, done.stdout + done.stderr
+    package = cached_package("hopper")
+    return package.folder / LIBRARY, (package.folder / LOG).read_text()
 
 
 def kernel_reports(report: str) -> dict[str, tuple[int, int]]:

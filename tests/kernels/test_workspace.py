@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 import kernels.custom_op  # noqa: F401
 from kernels import Backend, get_backend
@@ -90,22 +92,46 @@ def test_graphs_give_their_workspaces_back(hopper: Backend) -> None:
     assert all(torch.equal(a, b) for a, b in zip(result, hopper(*case.arguments()), strict=True))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the workspace taken in graph trees' warm-up run comes from their pool, whatever the stream",
-)
 def test_graphs_that_torch_compile_captures(hopper: Backend) -> None:
     """The custom op under torch.compile's graph trees, which count what is left in their pool."""
     case = inputs_of(8)
 
-    def layer(q: torch.Tensor) -> torch.Tensor:
+    def layer(q: Tensor) -> Tensor:
         out, _ = torch.ops.mla.decode(q * 2, *case.arguments()[1:], "hopper")
         return out.float().sum(-1)
 
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
-    for factor in (1.0, 0.5, 2.0, 0.1):
+    for factor in (1.0, 0.5, 2.0, 0.1):  # a first run, the capture, replays
         q = case.q * factor
         torch.testing.assert_close(compiled(q).clone(), layer(q), rtol=1e-2, atol=1e-2)
+
+
+def test_a_static_cache_is_read_where_it_is(hopper: Backend) -> None:
+    """Two graphs of a tree in turn, on a cache that a server writes between the replays."""
+    cases = [inputs_of(8), inputs_of(16)]
+    cache = cases[1].k_cache.clone()
+    torch._dynamo.mark_static_address(cache)
+
+    @torch.compile(fullgraph=True, mode="reduce-overhead", dynamic=False)
+    def layer(q: Tensor, k_cache: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+        out, _ = torch.ops.mla.decode(q * 2, k_cache, table, lengths, 512, 0.1, False, "hopper")
+        return out.float()
+
+    for number in range(4):
+        cache.copy_(cases[1].k_cache * (number + 1))
+        for case in cases:
+            found = layer(case.q, cache, case.block_table, case.cache_seqlens).clone()
+            expected, _ = hopper(case.q * 2, cache, case.block_table, case.cache_seqlens, 512, 0.1, False)
+            assert torch.equal(found, expected.float())
+
+
+def test_a_thread_that_does_nothing_else(hopper: Backend) -> None:
+    case = inputs_of(8)
+    expected = hopper(*case.arguments())
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(hopper, *case.arguments()).result()
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_row_count_that_grows(hopper: Backend) -> None:
