@@ -243,9 +243,9 @@ Variant wide() {
   return {mla_decode_kernel<T, L>, L::kThreads, L::kRequest, kTileTokens};
 }
 
-template <typename T>
+template <typename T, typename L = RingLayout>
 Variant ring() {
-  return {mla_decode_ring_kernel<T>, RingLayout::kThreads, RingLayout::kBytes, kTileTokens};
+  return {mla_decode_ring_kernel<T, L>, L::kThreads, L::kBytes, kTileTokens};
 }
 
 template <typename Operands>

@@ -9,12 +9,15 @@
 namespace mla_hopper {
 
 // Waits for the next place of the ring and fills it with two slabs, from column `column` on, of rows `y` and on of page or
-// item `z`; `bytes` is what a slab has of them.
-__device__ __forceinline__ void feed_piece(const CUtensorMap* map, const RingBarriers& barriers, RingPosition& position,
-                                           uint32_t base, int column, int y, int z, int bytes, uint64_t policy, int lane) {
+// item `z`; `bytes` is what a slab has of them. One warp, which arrives for all fillers.
+template <typename L>
+__device__ __forceinline__ void feed_piece(const CUtensorMap* map, const RingBarriers<L>& barriers,
+                                           RingPosition<L>& position, uint32_t base, int column, int y, int z, int bytes,
+                                           uint64_t policy, int lane) {
   const uint32_t full = barriers.full(position.slot);
   mbarrier_wait(barriers.empty(position.slot), position.parity ^ 1);
   if (lane == 0) mbarrier_expect(full, 2 * bytes);
+  if (L::kFillers > 1 && lane > 0 && lane < L::kFillers) mbarrier_arrive(full);
   __syncwarp();
   if (lane < 2) {
     tensor_copy(position.address(base) + lane * kSlabBytes, map, full, column + lane * kColumns, y, z, policy);
@@ -22,21 +25,29 @@ __device__ __forceinline__ void feed_piece(const CUtensorMap* map, const RingBar
   position.advance(1);
 }
 
+// The query slabs of an item that warpgroup 0 moves to registers.
+template <typename L>
+__device__ __forceinline__ void feed_held_query(const Params& params, const CUtensorMap* map, const RingBarriers<L>& barriers,
+                                                RingPosition<L>& position, uint32_t base, int item, int m_tile, int lane) {
+#pragma unroll 1
+  for (int pair = 0; pair < L::kHeldPairs; ++pair) {
+    feed_piece(map, barriers, position, base, pair_slab(pair) * kColumns, m_tile * kTileRows, item,
+               params.row_groups * 16 * 128, kKeepInL2, lane);
+  }
+}
+
+template <typename L>
 __device__ __forceinline__ void feed_ring(const Params& params, const CUtensorMap* query_map, const CUtensorMap* cache_map,
-                                          Schedule& schedule, const RingBarriers& barriers, uint32_t base, int m_tile,
+                                          Schedule& schedule, const RingBarriers<L>& barriers, uint32_t base, int m_tile,
                                           int lane) {
   const uint64_t policy = schedule.cache_policy();
-  RingPosition position;
+  RingPosition<L> position;
   uint32_t rope_parity = 1;
   Work work;
   while (schedule.next(work)) {
     const int32_t* pages = params.block_table + work.item * params.block_table_stride;
     int mine = work.first + lane < work.last ? pages[work.first + lane] : 0;  // one of 32 tiles' pages
-#pragma unroll 1
-    for (int pair = 0; pair < RingLayout::kHeldPairs; ++pair) {
-      feed_piece(query_map, barriers, position, base, pair_slab(pair) * kColumns, m_tile * kTileRows, work.item,
-                 params.row_groups * 16 * 128, kKeepInL2, lane);
-    }
+    feed_held_query(params, query_map, barriers, position, base, work.item, m_tile, lane);
 #pragma unroll 1
     for (int t = work.first; t < work.last; ++t) {
       const int within = (t - work.first) & 31;
@@ -50,26 +61,34 @@ __device__ __forceinline__ void feed_ring(const Params& params, const CUtensorMa
       rope_parity ^= 1;
       if (lane == 0) {
         mbarrier_expect(barriers.rope_full(), kSlabBytes);
-        tensor_copy(base + RingLayout::kRope, cache_map, barriers.rope_full(), kLatent, 0, page, policy);
+        tensor_copy(base + L::kRope, cache_map, barriers.rope_full(), kLatent, 0, page, policy);
       }
     }
   }
 }
 
+// The other query slabs of an item, where the last item's were; `parity` of query_empty().
+template <typename L>
+__device__ __forceinline__ void feed_query(const Params& params, const CUtensorMap* map, const RingBarriers<L>& barriers,
+                                           uint32_t base, int item, int m_tile, uint32_t parity, int lane) {
+  const int slab = lane == 0 ? kSlabs - 1 : pair_slab(L::kHeldPairs + (lane - 1) / 2) + ((lane - 1) & 1);
+  mbarrier_wait(barriers.query_empty(), parity);
+  if (lane == 0) mbarrier_expect(barriers.query_full(), L::kQuerySlabs * params.row_groups * 16 * 128);
+  __syncwarp();
+  if (lane < L::kQuerySlabs) {
+    tensor_copy(base + L::kQuery + lane * kSlabBytes, map, barriers.query_full(), slab * kColumns, m_tile * kTileRows, item,
+                kKeepInL2);
+  }
+}
+
+template <typename L>
 __device__ __forceinline__ void feed_queries(const Params& params, const CUtensorMap* map, Schedule& schedule,
-                                             const RingBarriers& barriers, uint32_t base, int m_tile, int lane) {
-  const int slab = lane == 0 ? kSlabs - 1 : pair_slab(RingLayout::kHeldPairs + (lane - 1) / 2) + ((lane - 1) & 1);
+                                             const RingBarriers<L>& barriers, uint32_t base, int m_tile, int lane) {
   Work work;
   uint32_t parity = 1;
   while (schedule.next(work)) {
-    mbarrier_wait(barriers.query_empty(), parity);
+    feed_query(params, map, barriers, base, work.item, m_tile, parity, lane);
     parity ^= 1;
-    if (lane == 0) mbarrier_expect(barriers.query_full(), RingLayout::kQuerySlabs * params.row_groups * 16 * 128);
-    __syncwarp();
-    if (lane < RingLayout::kQuerySlabs) {
-      tensor_copy(base + RingLayout::kQuery + lane * kSlabBytes, map, barriers.query_full(), slab * kColumns,
-                  m_tile * kTileRows, work.item, kKeepInL2);
-    }
   }
 }
 

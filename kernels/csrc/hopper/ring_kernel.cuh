@@ -17,18 +17,18 @@
 namespace mla_hopper {
 
 // One warp: output 0 and lse +inf of this group's items without tokens.
-template <typename T>
+template <typename T, typename L>
 __device__ __forceinline__ void store_empty_items(const Params& params, const Schedule& schedule, const char* smem, int group,
                                                   int lane) {
   if (!schedule.has_empty_items) return;
 #pragma unroll 1
   for (int item = group; item < params.batch; item += params.groups) {
-    if (schedule.item_length(item) == 0) store_empty_item<T, 32>(params, row_table<RingLayout>(smem), item, lane);
+    if (schedule.item_length(item) == 0) store_empty_item<T, 32>(params, row_table<L>(smem), item, lane);
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(RingLayout::kThreads, 1)
+template <typename T, typename L>
+__global__ void __launch_bounds__(L::kThreads, 1)
 mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap query_map,
                        const __grid_constant__ CUtensorMap cache_map) {
   MLA_TRACE(0);
@@ -38,13 +38,13 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x & 31;
-  const RingBarriers barriers = {base + RingLayout::kBarriers};
+  const RingBarriers<L> barriers = {base + L::kBarriers};
   if (warp == 0) {
     if (lane == 0) barriers.init();
   } else if (warp < 3) {
-    fill_row_table<RingLayout>(params, smem, blockIdx.x % params.m_tiles, threadIdx.x - 32);
+    fill_row_table<L>(params, smem, blockIdx.x % params.m_tiles, threadIdx.x - 32);
   } else if (warp == 3) {
-    if (lane < 2) reinterpret_cast<Split*>(smem + RingLayout::kSplits)[lane].parts = 0;
+    if (lane < 2) reinterpret_cast<Split*>(smem + L::kSplits)[lane].parts = 0;
   } else if (warp == 12) {
     prefetch_block_table(params, lane);
   } else if (warp == 13) {
@@ -55,7 +55,7 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
 
   const int cta = blockIdx.x;
   if (warp >= 12) {
-    shrink_registers<RingLayout::kProducerRegisters>();
+    shrink_registers<L::kProducerRegisters>();
     if (warp < 15) {
       const int group = cta / params.m_tiles;
       const int m_tile = cta - group * params.m_tiles;
@@ -65,27 +65,27 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
       } else if (warp == 13) {
         feed_queries(params, &query_map, schedule, barriers, base, m_tile, lane);
       } else {
-        store_empty_items<T>(params, schedule, smem, group, lane);
+        store_empty_items<T, L>(params, schedule, smem, group, lane);
       }
     }
   } else if (warp < 4) {
-    grow_registers<RingLayout::kScoreRegisters>();
+    grow_registers<L::kScoreRegisters>();
     MLA_TRACE(1);
     const int group = cta / params.m_tiles;
     const int m_tile = cta - group * params.m_tiles;
     Schedule schedule(params, group, lane);
     MLA_TRACE(2);
-    score_tiles<T>(params, schedule, barriers, smem, base, cta, group, m_tile, threadIdx.x);
+    score_tiles<T, L>(params, schedule, barriers, smem, base, cta, group, m_tile, threadIdx.x);
   } else {
-    grow_registers<RingLayout::kValueRegisters>();
-    accumulate_tiles<T>(params, barriers, smem, base);
+    grow_registers<L::kValueRegisters>();
+    accumulate_tiles<T, L>(params, barriers, smem, base);
     const int thread = threadIdx.x - 128;  // of 256
-    const RowTable table = row_table<RingLayout>(smem);
+    const RowTable table = row_table<L>(smem);
     named_sync(kMergeBarrier, kMergeThreads);  // both warpgroups are done with the ring
 #pragma unroll 1
     for (int slot = 0; slot < 2; ++slot) {
-      const Split split = reinterpret_cast<const Split*>(smem + RingLayout::kSplits)[slot];
-      if (split.parts > 0) merge<T>(params, table, split, thread, reinterpret_cast<float*>(smem + RingLayout::kCache));
+      const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
+      if (split.parts > 0) merge<T>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kCache));
       MLA_TRACE(16 + slot);
     }
   }

@@ -20,17 +20,17 @@ __device__ __forceinline__ void load_fragments(uint32_t (&fragment)[4][4], uint3
 }
 
 // The scores of one 64 x 64 tile at a time.
-template <typename T>
+template <typename T, typename L>
 class RingScores {
  public:
   float s[32];
 
-  __device__ __forceinline__ RingScores(const RingBarriers& barriers, uint32_t base) : barriers_(barriers), base_(base) {}
+  __device__ __forceinline__ RingScores(const RingBarriers<L>& barriers, uint32_t base) : barriers_(barriers), base_(base) {}
 
   // A new item: its first query slabs from the ring to registers, and the wait for the others.
   __device__ __forceinline__ void load_query(int warp, int lane, uint32_t item) {
 #pragma unroll
-    for (int pair = 0; pair < RingLayout::kHeldPairs; ++pair) {
+    for (int pair = 0; pair < L::kHeldPairs; ++pair) {
       mbarrier_wait(barriers_.full(position_.slot), position_.parity);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -52,8 +52,8 @@ class RingScores {
     wgmma_commit();
     mbarrier_wait(barriers_.rope_full(), tile & 1);
     wgmma_fence();
-    const uint64_t query = matrix_descriptor(base_ + RingLayout::kQuery, 16, 1024);
-    const uint64_t keys = matrix_descriptor(base_ + RingLayout::kRope, 16, 1024);
+    const uint64_t query = matrix_descriptor(base_ + L::kQuery, 16, 1024);
+    const uint64_t keys = matrix_descriptor(base_ + L::kRope, 16, 1024);
 #pragma unroll
     for (int k = 0; k < 4; ++k) Wgmma<T>::scores(s, query + (k * 32 >> 4), keys + (k * 32 >> 4), 1);
     wgmma_commit();
@@ -75,10 +75,10 @@ class RingScores {
       for (int k = 0; k < 4; ++k) {
         const uint64_t key = keys + ((i * kSlabBytes + k * 32) >> 4);
         const int accumulate = kPair > 0 || i > 0 || k > 0;
-        if constexpr (kPair < RingLayout::kHeldPairs) {
+        if constexpr (kPair < L::kHeldPairs) {
           Wgmma<T>::scores(s, held_[2 * kPair + i][k], key, accumulate);
         } else {
-          const uint32_t slab = RingLayout::kQuery + (1 + 2 * (kPair - RingLayout::kHeldPairs) + i) * kSlabBytes;
+          const uint32_t slab = L::kQuery + (1 + 2 * (kPair - L::kHeldPairs) + i) * kSlabBytes;
           Wgmma<T>::scores(s, matrix_descriptor(base_ + slab, 16, 1024) + (k * 32 >> 4), key, accumulate);
         }
       }
@@ -86,22 +86,22 @@ class RingScores {
     position_.advance(1);
   }
 
-  const RingBarriers& barriers_;
+  const RingBarriers<L>& barriers_;
   uint32_t base_;
-  RingPosition position_;
-  uint32_t held_[2 * RingLayout::kHeldPairs][4][4];
+  RingPosition<L> position_;
+  uint32_t held_[2 * L::kHeldPairs][4][4];
 };
 
-template <typename T>
-__device__ __forceinline__ void score_tiles(const Params& params, Schedule& schedule, const RingBarriers& barriers,
+template <typename T, typename L>
+__device__ __forceinline__ void score_tiles(const Params& params, Schedule& schedule, const RingBarriers<L>& barriers,
                                             char* smem, uint32_t base, int cta, int group, int m_tile, int thread) {
   const int lane = thread & 31;
   const int warp = thread / 32;
   const int row = warp * 16 + lane / 4;  // and row + 8
-  Task* tasks = reinterpret_cast<Task*>(smem + RingLayout::kTasks);
+  Task* tasks = reinterpret_cast<Task*>(smem + L::kTasks);
   const Visibility visibility(params, m_tile * kTileRows + row, lane);
 
-  RingScores<T> scores(barriers, base);
+  RingScores<T, L> scores(barriers, base);
   Work work;
   uint32_t tile = 0;
   uint32_t item = 0;
@@ -125,9 +125,9 @@ __device__ __forceinline__ void score_tiles(const Params& params, Schedule& sche
       MLA_TRACE(6);
 
       mbarrier_wait(barriers.read(tile), pair_parity(tile) ^ 1);
-      store_weights(base + RingLayout::kWeights + (tile & 1) * kSlabBytes, warp, p);
+      store_weights(base + L::kWeights + (tile & 1) * kSlabBytes, warp, p);
       if ((lane & 3) == 0) {
-        float* factor = reinterpret_cast<float*>(smem + RingLayout::kAlpha) + (tile & 1) * 64 + row;
+        float* factor = reinterpret_cast<float*>(smem + L::kAlpha) + (tile & 1) * 64 + row;
         factor[0] = alpha[0];
         factor[8] = alpha[1];
       }
@@ -146,16 +146,16 @@ __device__ __forceinline__ void score_tiles(const Params& params, Schedule& sche
     if ((lane & 3) == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        reinterpret_cast<float*>(smem + RingLayout::kInverse)[(item & 1) * 64 + row + 8 * i] = inverse[i];
+        reinterpret_cast<float*>(smem + L::kInverse)[(item & 1) * 64 + row + 8 * i] = inverse[i];
         if (work.parts == 1) {
-          store_lse(params, row_table<RingLayout>(smem), work.item, row + 8 * i, softmax.maximum[i], softmax.sum[i]);
+          store_lse(params, row_table<L>(smem), work.item, row + 8 * i, softmax.maximum[i], softmax.sum[i]);
         } else {
           params.stats[(2 * cta + slot) * 64 + row + 8 * i] = make_float2(softmax.maximum[i], softmax.sum[i]);
         }
       }
     }
     if (work.parts > 1 && thread == 0) {
-      reinterpret_cast<Split*>(smem + RingLayout::kSplits)[slot] = {work.item, head, work.parts, group - work.head_group};
+      reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, head, work.parts, group - work.head_group};
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barriers.inverted(item));  // the value warpgroups announce the statistics as well

@@ -32,35 +32,35 @@ struct RowFactors {
 };
 
 // 128 registers hold the output, so what is cheap to find again is not kept; addresses of operands are in uniform ones.
-template <typename T>
-__device__ __forceinline__ void accumulate_tiles(const Params& params, const RingBarriers& barriers, char* smem,
+template <typename T, typename L>
+__device__ __forceinline__ void accumulate_tiles(const Params& params, const RingBarriers<L>& barriers, char* smem,
                                                  uint32_t base) {
   // With 64 or 128 rows memory is the limit, and waiting would keep pieces from their next tile.
   const bool in_turns = params.m_tiles > 2;
   float o[128];
-  RingPosition position;
+  RingPosition<L> position;
   position.slot = __reduce_max_sync(kAllLanes, threadIdx.x / 256);  // reductions give uniform registers
   uint32_t tile = 0;
 #pragma unroll 1
   for (uint32_t item = 0;; ++item) {
     mbarrier_wait(barriers.written(tile), pair_parity(tile));
-    const uint32_t task = base + RingLayout::kTasks + (item & 1) * static_cast<uint32_t>(sizeof(Task));
+    const uint32_t task = base + L::kTasks + (item & 1) * static_cast<uint32_t>(sizeof(Task));
     int left = load_shared<int>(task + offsetof(Task, tiles));
     if (left == 0) break;
-    position.advance(RingLayout::kHeldPairs);  // the query's pieces
+    position.advance(L::kHeldPairs);  // the query's pieces
     bool more = false;                         // than the item's first tile
     while (true) {
-      const RingPosition second = position.ahead(2);
+      const RingPosition<L> second = position.ahead(2);
       mbarrier_wait(barriers.full(position.slot), position.parity);
       mbarrier_wait(barriers.full(second.slot), second.parity);
       if (more) {
-        const RowFactors alpha(base + RingLayout::kAlpha + (tile & 1) * 256);
+        const RowFactors alpha(base + L::kAlpha + (tile & 1) * 256);
         rescale(o, alpha.low, alpha.high);
       }
       if (left > 1) {
         // The tensor cores have the next tile's scores first, if that tile is there, and these values while its weights
         // are made.
-        const RingPosition next = position.ahead(kTilePairs);
+        const RingPosition<L> next = position.ahead(kTilePairs);
         if (in_turns && __all_sync(kAllLanes, mbarrier_test(barriers.full(next.slot), next.parity))) {
           mbarrier_wait(barriers.scored(tile + 1), pair_parity(tile + 1));
         }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
           named_sync(kStoredBarrier - 1 + thread_index() / 128, 128);
         }
       }
-      const uint64_t weights = matrix_descriptor(base + RingLayout::kWeights + (tile & 1) * kSlabBytes, 16, 1024);
+      const uint64_t weights = matrix_descriptor(base + L::kWeights + (tile & 1) * kSlabBytes, 16, 1024);
       const uint64_t first_values = matrix_descriptor(position.address(base), kSlabBytes, 1024);
       const uint64_t second_values = matrix_descriptor(second.address(base), kSlabBytes, 1024);
       wgmma_fence();
@@ -102,15 +102,15 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
     }
 
     mbarrier_wait(barriers.inverted(item), pair_parity(item));
-    const RowFactors inverse(base + RingLayout::kInverse + (item & 1) * 256);
-    const Task done = reinterpret_cast<const Task*>(smem + RingLayout::kTasks)[item & 1];
+    const RowFactors inverse(base + L::kInverse + (item & 1) * 256);
+    const Task done = reinterpret_cast<const Task*>(smem + L::kTasks)[item & 1];
     __syncwarp();
     if (lane_index() == 0) mbarrier_arrive(barriers.read(tile));  // only now: it frees the item's task and inverse too
     ++tile;
     const int half = thread_index() / 128 - 1;
     const int warp = thread_index() / 32 & 3;
     if (done.parts == 1) {
-      store_output<T>(params, row_table<RingLayout>(smem), done.item, warp, half, lane_index(), o,
+      store_output<T>(params, row_table<L>(smem), done.item, warp, half, lane_index(), o,
                       {inverse.low, inverse.high});
     } else {
       store_partial(params, blockIdx.x, done.slot, warp, half, lane_index(), o);
