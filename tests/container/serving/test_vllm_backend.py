@@ -41,13 +41,16 @@ if not torch.cuda.is_available():
     platforms._current_platform = Hopper()  # before any module of vLLM takes a reference to it
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.load import LoadConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
+from container.serving.bench_gpu import RandomLoader
 from container.serving.checkpoint import ModelConfig
-from container.serving.vllm_engine import attention, plugin
+from container.serving.vllm_engine import attention, plugin, random_weights
 from container.serving.vllm_engine.arguments import VllmOptions, engine_arguments
 from kernels import Problem, get_backend
 from kernels.reference import mla_decode_reference
@@ -204,3 +207,13 @@ def test_a_padded_decode_batch(config: VllmConfig) -> None:
         torch.testing.assert_close(out.double(), expected[:, 0], rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse.double(), expected_lse[..., 0], rtol=1e-3, atol=1e-3)
         assert (out[3] == 0).all()
+
+
+def test_the_benchmarks_weights_have_the_native_ones_distribution(config: VllmConfig) -> None:
+    loader = get_model_loader(LoadConfig(load_format=random_weights.LOAD_FORMAT))
+    model = torch.nn.Sequential(torch.nn.Linear(400, 300, bias=False), torch.nn.LayerNorm(300, bias=False))
+    loader.load_weights(model, config.model_config)
+    matrix, norm = (weight.detach() for weight in model.parameters())
+    native = RandomLoader(torch.device("cpu"), torch.float32)
+    assert matrix.std().item() == pytest.approx(native.one("w", 300, 400).std().item(), rel=0.02)
+    torch.testing.assert_close(norm, native.one("norm", 300))
