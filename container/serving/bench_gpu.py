@@ -95,6 +95,10 @@ class RandomLoader:
             return filled(shape, dtype=dtype or self.dtype, device=self.device)
         return self._draw(shape, self.dtype).to(dtype or self.dtype)  # drawn as it would be stored
 
+    def __contains__(self, name: str) -> bool:
+        """None of the tensors that a checkpoint may have or not."""
+        return False
+
     def optional(self, name: str, *shape: int) -> Tensor | None:
         return None
 

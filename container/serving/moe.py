@@ -32,7 +32,7 @@ class MixtureOfExperts:
             self.bias = load.one(name, c.n_routed_experts, dtype=torch.float32)
         experts = [f"{prefix}experts.{e}." for e in range(c.n_routed_experts)]
         fused = f"{prefix}experts.gate_up_proj"
-        if fused in load.checkpoint:  # as transformers 5 holds them in memory and writes them if asked to
+        if fused in load:  # as transformers 5 holds them in memory and writes them if asked to
             self.w_in = load.one(fused, c.n_routed_experts, 2 * width, hidden)
             self.w_out = load.one(f"{prefix}experts.down_proj", c.n_routed_experts, hidden, width)
         else:

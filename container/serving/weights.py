@@ -119,8 +119,11 @@ class Loader:
         source = self.checkpoint.tensor(name, shape)
         return self._checked(name, source.to(self.device, dtype or self.dtype))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint
+
     def optional(self, name: str, *shape: int) -> Tensor | None:
-        return self.one(name, *shape) if name in self.checkpoint else None
+        return self.one(name, *shape) if name in self else None
 
     def joined(self, *parts: Rows) -> Tensor:
         """Stored tensors one below the other along the first dimension, in one allocation."""
