@@ -92,12 +92,13 @@ def test_graphs_give_their_workspaces_back(hopper: Backend) -> None:
     assert all(torch.equal(a, b) for a, b in zip(result, hopper(*case.arguments()), strict=True))
 
 
-def test_graphs_that_torch_compile_captures(hopper: Backend) -> None:
+@pytest.mark.parametrize("backend", ["hopper", "auto"])
+def test_graphs_that_torch_compile_captures(backend: str) -> None:
     """The custom op under torch.compile's graph trees, which count what is left in their pool."""
     case = inputs_of(8)
 
     def layer(q: Tensor) -> Tensor:
-        out, _ = torch.ops.mla.decode(q * 2, *case.arguments()[1:], "hopper")
+        out, _ = torch.ops.mla.decode(q * 2, *case.arguments()[1:], backend)
         return out.float().sum(-1)
 
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
@@ -109,7 +110,8 @@ def test_graphs_that_torch_compile_captures(hopper: Backend) -> None:
 def test_a_static_cache_is_read_where_it_is(hopper: Backend) -> None:
     """Two graphs of a tree in turn, on a cache that a server writes between the replays."""
     cases = [inputs_of(8), inputs_of(16)]
-    cache = cases[1].k_cache.clone()
+    pages = torch.randn(cases[1].k_cache.shape, device="cuda").bfloat16()
+    cache = pages.clone()
     torch._dynamo.mark_static_address(cache)
 
     @torch.compile(fullgraph=True, mode="reduce-overhead", dynamic=False)
@@ -118,7 +120,7 @@ def test_a_static_cache_is_read_where_it_is(hopper: Backend) -> None:
         return out.float()
 
     for number in range(4):
-        cache.copy_(cases[1].k_cache * (number + 1))
+        cache.copy_(pages * (number + 1))
         for case in cases:
             found = layer(case.q, cache, case.block_table, case.cache_seqlens).clone()
             expected, _ = hopper(case.q * 2, cache, case.block_table, case.cache_seqlens, 512, 0.1, False)
