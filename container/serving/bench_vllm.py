@@ -69,7 +69,7 @@ def vllm_engine(plan: Plan, attention: str | None = None) -> Iterator[Timing]:
                     sequences = _start(engine, context, batch, room(plan))
                     yield timing(context, batch, [_step(engine, sequences) for _ in range(plan.steps)])
                     if plan.profile:
-                        _profile(engine, sequences, Path(traces))
+                        _profile(engine, sequences)
                     for sequence in sequences:
                         engine.abort(sequence)
         finally:
@@ -102,12 +102,9 @@ def _step(engine: VllmEngine, sequences: list[Sequence]) -> float:
     return 1e3 * (time.perf_counter() - start) / (len(sequences[0].output) - before)
 
 
-def _profile(engine: VllmEngine, sequences: list[Sequence], traces: Path) -> None:
-    """Prints where the GPU's time goes in a few decode steps."""
+def _profile(engine: VllmEngine, sequences: list[Sequence]) -> None:
+    """Has vLLM's worker print where the GPU's time goes in a few decode steps."""
     engine.profile(True)
     for _ in range(8):
         _step(engine, sequences)
     engine.profile(False)
-    for file in sorted(traces.glob("profiler_out_*.txt")):
-        print(file.read_text())
-        file.unlink()
