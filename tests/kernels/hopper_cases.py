@@ -17,6 +17,7 @@ CASES = [
     CheckCase("two parts", (128,), 1, 16, 512, 64, BF16, BF16),
     CheckCase("many parts", (1000,), 1, 16, 512, 64, FP16, FP16),
     CheckCase("two row tiles", (700, 64, 5), 1, 128, 512, 64, BF16, BF16),
+    CheckCase("64 heads, long and short", (9000, 64, 5), 1, 64, 512, 64, BF16, BF16),
     CheckCase("one head, short rows", (5, 0, 64, 65, 3, 1), 1, 1, 512, 64, BF16, BF16),
     CheckCase("more rows than multiprocessors", tuple(range(1, 1501, 10)), 1, 16, 512, 64, BF16, BF16),
     CheckCase("100 heads, causal", tuple(RAGGED), 2, 100, 512, 64, BF16, BF16, True),

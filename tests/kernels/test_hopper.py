@@ -149,10 +149,14 @@ def test_empty_batch_needs_no_device(compiled: tuple[Path, str]) -> None:
 def test_workspace_grows_with_the_rows_of_a_tile(compiled: tuple[Path, str]) -> None:
     library = ctypes.CDLL(str(compiled[0]))
     library.mla_decode_workspace_bytes.restype = ctypes.c_uint64
-    sizes = [
-        library.mla_decode_workspace_bytes(ctypes.byref(valid_params(h_q=h))) for h in (1, 16, 17, 64, 128)
-    ]
-    assert sizes[0] == sizes[1] < sizes[2] < sizes[3] == sizes[4]
+
+    def sizes(pages: int) -> list[int]:
+        params = [valid_params(h_q=h, max_blocks_per_seq=pages) for h in (1, 16, 17, 64, 128)]
+        return [library.mla_decode_workspace_bytes(ctypes.byref(one)) for one in params]
+
+    of_1, of_16, of_17, of_64, of_128 = sizes(pages=10_000)
+    assert of_1 == of_16 < of_17 < of_64 == of_128
+    assert set(sizes(pages=4)) == {of_16}  # a short batch has tiles of 16 rows
 
 
 @pytest.mark.gpu

@@ -30,10 +30,10 @@ struct RowTable {
 
 template <typename L>
 __device__ __forceinline__ void fill_row_table(const Params& params, char* smem, int m_tile, int row) {
-  const int flat = m_tile * kTileRows + row;
+  const int flat = m_tile * L::kRows + row;
   const int seq = flat / params.h_q;
   const int head = flat - seq * params.h_q;
-  const bool valid = flat < params.rows;
+  const bool valid = row < L::kRows && flat < params.rows;
   reinterpret_cast<int64_t*>(smem + L::kOutRows)[row] =
       valid ? seq * params.out_stride_seq + head * params.out_stride_head : -1;
   reinterpret_cast<int32_t*>(smem + L::kLseRows)[row] = valid ? head * params.s_q + seq : -1;

@@ -15,7 +15,7 @@ __device__ __forceinline__ void load_query(const Params& params, const CUtensorM
   if (lane == 0) mbarrier_expect(barriers.query_full(), kSlabs * params.row_groups * 16 * 128);
   __syncwarp();
   if (lane < kSlabs) {
-    tensor_copy(query + lane * L::kQuerySlabBytes, map, barriers.query_full(), lane * kColumns, m_tile * kTileRows, item,
+    tensor_copy(query + lane * L::kQuerySlabBytes, map, barriers.query_full(), lane * kColumns, m_tile * L::kRows, item,
                 kKeepInL2);
   }
 }

@@ -65,8 +65,36 @@ Device current_device() {
   return cached;
 }
 
-int row_groups(const mla_decode_params& p) { return (std::min(p.s_q * p.h_q, kTileRows) + 15) / 16; }
-int query_tiles(const mla_decode_params& p) { return (p.s_q * p.h_q + kTileRows - 1) / kTileRows; }
+int ceil_div(int64_t value, int divisor) { return static_cast<int>((value + divisor - 1) / divisor); }
+
+// A number that was measured (NOTES_hopper.md); a build with MLA_HOPPER_TUNING takes it from the environment.
+int tuned(const char* variable, int value) {
+#ifdef MLA_HOPPER_TUNING
+  if (const char* text = getenv(variable)) return atoi(text);
+#endif
+  (void)variable;
+  return value;
+}
+
+// How the query rows of an item are dealt to CTAs.
+struct RowTiles {
+  int rows;    // of a CTA at most
+  int count;   // CTAs that have the item's rows and read the same cache
+  int groups;  // of 16 rows, of a CTA: ceil(min(all rows, rows) / 16)
+};
+
+// With 16 rows a CTA, more CTAs share the work, and what each leaves to be merged is a quarter as large; but each of them
+// goes through the tiles that one could have taken with 64 rows. So it pays while none has many (NOTES_hopper.md).
+RowTiles row_tiles(const mla_decode_params& p, int ctas) {
+  const int rows = p.s_q * p.h_q;
+  const int narrow = ceil_div(rows, kNarrowRows);
+  if (narrow <= 1) return {kNarrowRows, 1, 1};
+  if (narrow <= ctas && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA) {
+    const int tiles = ceil_div(int64_t(p.batch) * p.max_blocks_per_seq, ctas / narrow);  // of a CTA at most
+    if (tiles <= tuned("MLA_HOPPER_NARROW_TILES", 32 / std::min(narrow, 4))) return {kNarrowRows, narrow, 1};
+  }
+  return {kTileRows, ceil_div(rows, kTileRows), ceil_div(std::min(rows, kTileRows), 16)};
+}
 
 uint64_t align(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 uint64_t stats_bytes(int ctas) { return align(uint64_t(ctas) * 2 * 64 * sizeof(float2)); }
@@ -163,7 +191,7 @@ int32_t check(const mla_decode_params& p, const Device& device, const Failure& f
                 "device %d has compute capability %d.%d; this library is built for 9.0 (H100, H200, GH200)", device.index,
                 device.major, device.minor);
   }
-  if (query_tiles(p) > device.ctas) {
+  if (row_tiles(p, device.ctas).count > device.ctas) {
     return fail(MLA_ERROR_UNSUPPORTED, "s_q * h_q = %d * %d is more than the %d query rows one launch can hold", p.s_q,
                 p.h_q, device.ctas * kTileRows);
   }
@@ -222,16 +250,6 @@ int32_t make_map(CUtensorMap* map, const char* name, int32_t dtype, const void* 
   return MLA_OK;
 }
 
-// Two measured numbers (NOTES_hopper.md) that grow with the rows a part carries to the merge: the fewest tiles worth a
-// CTA of their own, and the tiles of extra work that are cheaper than splitting an item.
-int tuned(const char* variable, int value) {
-#ifdef MLA_HOPPER_TUNING
-  if (const char* text = getenv(variable)) return atoi(text);
-#endif
-  (void)variable;
-  return value;
-}
-
 struct Variant {
   void (*function)(const Params, const CUtensorMap, const CUtensorMap);
   int threads, shared_bytes;
@@ -253,8 +271,7 @@ Variant narrow() {
   return {mla_decode_narrow_kernel<Operands>, Operands::L::kThreads, Operands::L::kRequest, Operands::kStepTokens};
 }
 
-Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
-  const bool few_rows = row_groups == 1;
+Variant choose(int32_t q_dtype, bool fp8, bool few_rows) {
   if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout>();
   if (q_dtype == MLA_DTYPE_BFLOAT16) {
     return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : ring<__nv_bfloat16>();
@@ -262,15 +279,15 @@ Variant choose(int32_t q_dtype, bool fp8, int row_groups) {
   return few_rows ? narrow<Narrow16bit<__half>>() : ring<__half>();
 }
 
-Params kernel_params(const mla_decode_params& p, int ctas) {
+Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, int ctas) {
   Params k = {};
   k.batch = p.batch;
   k.s_q = p.s_q;
   k.h_q = p.h_q;
   k.rows = p.s_q * p.h_q;
-  k.m_tiles = query_tiles(p);
+  k.m_tiles = tiles.count;
   k.groups = ctas / k.m_tiles;
-  k.row_groups = row_groups(p);
+  k.row_groups = tiles.groups;
   k.most_parts = tuned("MLA_HOPPER_MOST_PARTS", k.row_groups == 1 ? 96 : (k.row_groups == 2 ? 48 : 24));
   k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
   k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 8);
@@ -311,7 +328,7 @@ const char* mla_decode_target(void) { return "hopper"; }
 uint64_t mla_decode_workspace_bytes(const mla_decode_params* params) {
   if (params == nullptr || params->struct_bytes != sizeof(mla_decode_params)) return 0;
   const int ctas = current_device().ctas;
-  uint64_t bytes = kCounterBytes + stats_bytes(ctas) + partial_bytes(ctas, row_groups(*params));
+  uint64_t bytes = kCounterBytes + stats_bytes(ctas) + partial_bytes(ctas, row_tiles(*params, ctas).groups);
 #ifdef MLA_HOPPER_TRACE
   bytes += uint64_t(ctas) * 32 * sizeof(long long);
 #endif
@@ -331,13 +348,14 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   int32_t status = check(p, device, fail);
   if (status == MLA_OK) status = check_tables(p, fail);
   if (status != MLA_OK) return status;
-  const Params kernel = kernel_params(p, device.ctas);
+  const RowTiles tiles = row_tiles(p, device.ctas);
+  const Params kernel = kernel_params(p, tiles, device.ctas);
   CUtensorMap query_map, cache_map = {};
   status = make_map(&query_map, "q", p.q_dtype, p.q, kernel.rows, p.h_q > 1 ? p.q_stride_head : p.q_stride_seq, p.batch,
                     p.q_stride_batch, kernel.row_groups * 16, fail);
   if (status != MLA_OK) return status;
   const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
-  const Variant variant = choose(p.q_dtype, fp8, kernel.row_groups);
+  const Variant variant = choose(p.q_dtype, fp8, tiles.rows == kNarrowRows);
   if (!fp8) {
     status = make_map(&cache_map, "kv_cache", p.kv_dtype, p.kv_cache, kTileTokens, p.kv_stride_token, p.num_blocks,
                       p.kv_stride_block, variant.copied_tokens, fail);

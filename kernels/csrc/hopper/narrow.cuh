@@ -1,7 +1,8 @@
-// The kernel for at most 16 query rows, where memory is the limit: operands go from the cache's bytes in shared memory to
-// registers and no further. A team of four warps works on a step of 32 or 64 tokens, each warp on 128 latents of all of
-// them, for the scores and for the values alike; the only exchange is that of the four warps' shares of the scores. Two
-// teams take steps in turn, and add up at an item's end.
+// The kernel with 16 query rows a CTA: for no more rows, where memory is the limit, and for short batches, where the time
+// to begin and to merge is. Operands go from the cache's bytes in shared memory to registers and no further. A team of
+// four warps works on a step of 32 or 64 tokens, each warp on 128 latents of all of them, for the scores and for the
+// values alike; the only exchange is that of the four warps' shares of the scores. Two teams take steps in turn, and add
+// up at an item's end.
 #ifndef MLA_HOPPER_NARROW_CUH_
 #define MLA_HOPPER_NARROW_CUH_
 
@@ -28,8 +29,8 @@ __device__ __forceinline__ int step_count(const Work& work) {
 // half of every warp's latents and gives the other team its share of the other half, through its exchange buffer.
 template <typename Operands>
 __device__ __forceinline__ void finish_part(const Params& params, const Work& work,
-                                            const NarrowBarriers<typename Operands::L>& barriers, char* smem, int cta,
-                                            int thread, const float (&o)[2][8][4], const RowPairSoftmax& softmax) {
+                                            const NarrowBarriers<typename Operands::L>& barriers, char* smem, int group,
+                                            int m_tile, int thread, const float (&o)[2][8][4], const RowPairSoftmax& softmax) {
   using L = typename Operands::L;
   using T = typename Operands::T;
   const int lane = thread & 31;
@@ -40,7 +41,8 @@ __device__ __forceinline__ void finish_part(const Params& params, const Work& wo
   float4* exchange = reinterpret_cast<float4*>(smem + L::kExchange);
   float2* totals = reinterpret_cast<float2*>(smem + L::kTotals);
   const bool states = team == 0 && block == 0 && c == 0;  // stores the rows' statistics
-  const int slot = cta == work.head_group;
+  const int cta = group * params.m_tiles + m_tile;
+  const int slot = group == work.head_group;
   float kept[8][4];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -102,9 +104,10 @@ __device__ __forceinline__ void finish_part(const Params& params, const Work& wo
                                  kept[j][3] * Operands::kUnit);
     }
     if (thread == 0) {
-      reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group, work.parts, cta - work.head_group};
+      reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group * params.m_tiles + m_tile, work.parts,
+                                                             group - work.head_group};
     }
-    announce_part(params, work, 0, team, thread & 127);
+    announce_part(params, work, m_tile, team, thread & 127);
   }
 }
 
@@ -112,7 +115,7 @@ __device__ __forceinline__ void finish_part(const Params& params, const Work& wo
 template <typename Operands>
 __device__ __forceinline__ void consume_steps(const Params& params, Schedule& schedule,
                                               const NarrowBarriers<typename Operands::L>& barriers, char* smem, uint32_t base,
-                                              int cta, int thread) {
+                                              int group, int m_tile, int thread) {
   using L = typename Operands::L;
   constexpr int kStepTokens = Operands::kStepTokens;
   constexpr int kGroups = kStepTokens / 8;
@@ -123,7 +126,9 @@ __device__ __forceinline__ void consume_steps(const Params& params, Schedule& sc
   float4* shares = reinterpret_cast<float4*>(smem + L::kExchange + team * L::kExchangeBytes) + lane;
   int hidden[2];  // tokens that rows g and g + 8 do not see, counted from the end
 #pragma unroll
-  for (int i = 0; i < 2; ++i) hidden[i] = params.causal ? max(0, params.s_q - 1 - (g + 8 * i) / params.h_q) : 0;
+  for (int i = 0; i < 2; ++i) {
+    hidden[i] = params.causal ? max(0, params.s_q - 1 - (m_tile * L::kRows + g + 8 * i) / params.h_q) : 0;
+  }
   const int always_seen = params.causal ? params.s_q - 1 : 0;
 
   Work work;
@@ -186,7 +191,7 @@ __device__ __forceinline__ void consume_steps(const Params& params, Schedule& sc
     softmax.add_lanes();
     mbarrier_wait(barriers.exchange_empty(team), (uses & 1) ^ 1);
     ++uses;
-    finish_part<Operands>(params, work, barriers, smem, cta, thread, o, softmax);
+    finish_part<Operands>(params, work, barriers, smem, group, m_tile, thread, o, softmax);
   }
 }
 
@@ -232,7 +237,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
     if (lane == 0) barriers.init();
     if (lane < 2) reinterpret_cast<Split*>(smem + L::kSplits)[lane].parts = 0;
   } else if (warp < 3) {
-    fill_row_table<L>(params, smem, 0, threadIdx.x - 32);
+    fill_row_table<L>(params, smem, blockIdx.x % params.m_tiles, threadIdx.x - 32);
   } else if (warp == 8) {
     prefetch_block_table(params, lane);
   } else if (warp == 9) {
@@ -241,23 +246,24 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   }
   __syncthreads();
 
-  const int cta = blockIdx.x;  // of as many groups: 16 rows are one tile of them
-  Schedule schedule(params, cta, lane);
+  const int group = blockIdx.x / params.m_tiles;
+  const int m_tile = blockIdx.x - group * params.m_tiles;
+  Schedule schedule(params, group, lane);
   if (warp >= 8) {
     shrink_registers<kProducerRegisters>();
     if (warp == 8) {
       load_steps<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
     } else if (warp == 9) {
-      load_queries(params, &query_map, schedule, barriers, base + L::kQuery, 0, lane);
+      load_queries(params, &query_map, schedule, barriers, base + L::kQuery, m_tile, lane);
     }
   } else {
     grow_registers<kTeamRegisters>();
     const int thread = threadIdx.x;
-    consume_steps<Operands>(params, schedule, barriers, smem, base, cta, thread);
+    consume_steps<Operands>(params, schedule, barriers, smem, base, group, m_tile, thread);
     const RowTable table = row_table<L>(smem);
     if (schedule.has_empty_items) {
 #pragma unroll 1
-      for (int item = cta; item < params.batch; item += params.groups) {
+      for (int item = group; item < params.batch; item += params.groups) {
         if (schedule.item_length(item) == 0) store_empty_item<T>(params, table, item, thread);
       }
     }

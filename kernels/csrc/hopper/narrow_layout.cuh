@@ -21,7 +21,7 @@ static_assert(kTeams * (kTeamRegisters - kLaunchRegisters) <= kLaunchRegisters -
 // The ring's slots hold a step each, what a team takes at once.
 template <int kStepBytesOf>
 struct NarrowLayout {
-  static constexpr int kRows = 16;
+  static constexpr int kRows = kNarrowRows;
   static constexpr int kThreads = kTeams * 128 + 128;  // and a warp for the cache, one for the queries, two idle
   static constexpr int kStages = 0;                    // of Barriers: no unpacked tiles
   static constexpr int kStepBytes = kStepBytesOf;

@@ -11,6 +11,7 @@ constexpr int kRope = 64;
 constexpr int kDim = kLatent + kRope;
 constexpr int kTileTokens = 64;          // tokens of a tile = tokens of a page
 constexpr int kTileRows = 64;            // query rows of a CTA, one wgmma M
+constexpr int kNarrowRows = 16;          // the same in the kernel for few (narrow.cuh), one mma M
 constexpr uint64_t kKeepInL2 = 0x14F0000000000000ull;  // L2 priorities as the copy engine takes them: evict last,
 constexpr uint64_t kReadOnce = 0x12F0000000000000ull;  // evict first,
 constexpr uint64_t kNormal = 0x1000000000000000ull;    // and neither (values of createpolicy.fractional)
@@ -38,6 +39,7 @@ constexpr int kRawBytes = kRawTokens * kTokenBytesFp8;
 // Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period), of the kernel for an fp8
 // cache and more than 16 query rows (decode.cuh).
 struct Layout {
+  static constexpr int kRows = kTileRows;
   static constexpr int kUnpackers = 128;            // threads that turn raw tokens into a stage
   static constexpr int kThreads = 384 + kUnpackers;  // warpgroups: scores, two of values, unpacking
   static constexpr int kStages = 1;
@@ -62,7 +64,7 @@ struct Layout {
 struct Params {
   int batch, s_q, h_q;
   int rows;        // s_q * h_q
-  int m_tiles;     // CTAs of a group
+  int m_tiles;     // CTAs of a group, each with its own query rows
   int groups;
   int min_tiles;   // smallest piece of the tile line a group takes
   int most_parts;  // items of more tiles are not cut into single ones

@@ -22,6 +22,7 @@ __host__ __device__ constexpr int pair_slab(int pair) { return 4 * (pair & 1) + 
 // Registers a thread, of the 512 that four warpgroups share: the compiler keeps the first 24 from wgmma's operands.
 template <int kHeldPairsOf, int kSlotsOf, int kRawSlotsOf, int kScoreRegistersOf>
 struct RingShape {
+  static constexpr int kRows = kTileRows;
   static constexpr int kThreads = 512;  // warpgroups: scores, two of values, producers
   static constexpr int kHeldPairs = kHeldPairsOf;
   static constexpr int kSlots = kSlotsOf;

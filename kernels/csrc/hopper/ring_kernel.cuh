@@ -1,5 +1,5 @@
-// The MLA decode kernel for sm_90a, a 16-bit cache and more than 16 query rows (narrow.cuh is for fewer): one launch, one
-// CTA on every multiprocessor.
+// The MLA decode kernel for sm_90a, a 16-bit cache and 64 query rows a CTA (narrow.cuh has 16): one launch, one CTA on
+// every multiprocessor.
 //
 // A CTA holds 64 query rows (rows = queries x heads) and streams 64-token tiles of the latent cache through shared memory,
 // each read once and used twice: as keys (576 wide, K-major) and as values (512 wide, MN-major). Warpgroup 0 turns scores
