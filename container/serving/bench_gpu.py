@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from container.serving.attention import PAGE, DecodeAttention
+from container.serving.bench_table import Result, Timing, table
 from container.serving.cache import LatentCache
 from container.serving.checkpoint import ModelConfig
 from container.serving.engine import Engine, Options
 from container.serving.model import Model
 from container.serving.tokenizer import Tokenizer
+from container.serving.vllm_engine.arguments import VLLM
 from container.serving.weights import Loader, Rows
+from kernels.machine import device_name
 
 V2_LITE: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -71,16 +74,6 @@ class Plan:
         """Until the file `after` exists: an engine may load while the machine still does something else."""
         while self.after and not Path(self.after).exists():
             time.sleep(0.1)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of a decode step of `batch` sequences of about `context` tokens."""
-
-    context: int
-    batch: int
-    median: float
-    p99: float
 
 
 class RandomLoader:
@@ -157,22 +150,26 @@ def _profile(engine: Engine, context: int, batch: int) -> None:
     print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=60))
 
 
-# A column of the table: its name, and what measures a plan in a process that it has to itself.
-ENGINES: dict[str, Callable[[Plan], Iterator[Timing]]] = {
-    "hopper": lambda plan: our_engine(plan, "hopper"),
-    "triton": lambda plan: our_engine(plan, "triton"),
-    "vllm-hopper": lambda plan: vllm_engine(plan, None),
-    "vllm-flash_attn_mla": lambda plan: vllm_engine(plan, "FLASH_ATTN_MLA"),
-    "vllm-flashmla": lambda plan: vllm_engine(plan, "FLASHMLA"),
-}
-
-
 @dataclass(frozen=True)
-class Result:
-    """What one engine's process left, and why there is no more of it (None: it is all)."""
+class Column:
+    """An engine of the table: what it is, and what measures a plan in a process that it has to itself."""
 
-    timings: list[Timing]
-    failure: str | None
+    title: str
+    measure: Callable[[Plan], Iterator[Timing]]
+
+
+ENGINES = {
+    "hopper": Column("this package's engine with its CUDA kernel", lambda p: our_engine(p, "hopper")),
+    "triton": Column("this package's engine with its Triton kernel", lambda p: our_engine(p, "triton")),
+    "vllm-hopper": Column(f"vLLM {VLLM} with this package's CUDA kernel", lambda p: vllm_engine(p, None)),
+    "vllm-flash_attn_mla": Column(
+        f"vLLM {VLLM} with FLASH_ATTN_MLA, which it chooses by itself on an H100",
+        lambda p: vllm_engine(p, "FLASH_ATTN_MLA"),
+    ),
+    "vllm-flashmla": Column(
+        f"vLLM {VLLM} with FLASHMLA, its second choice", lambda p: vllm_engine(p, "FLASHMLA")
+    ),
+}
 
 
 def measure(name: str, plan: Plan, timeout: float) -> Result:
@@ -198,29 +195,21 @@ def measure(name: str, plan: Plan, timeout: float) -> Result:
         return Result([Timing(**json.loads(row)) for row in rows], failure)
 
 
-def table(results: dict[str, Result]) -> str:
-    """Markdown: a row for each context and batch, a column for each engine."""
-    lines = [
+def report(results: Mapping[str, Result]) -> str:
+    """The results file."""
+    about = " ".join((__doc__ or "").split("\n\n")[1].split())
+    head = [
         "# Decode speed of engines on a GPU",
         "",
-        "Written by `python -m container.serving.bench --gpu`: "
-        + " ".join((__doc__ or "").split("\n\n")[1].split()),
+        f"Written by `python -m container.serving.bench --gpu`: {about}",
         "",
-        f"Machine: {torch.cuda.get_device_name()}, torch {torch.__version__}. Milliseconds of a decode "
+        f"Machine: {device_name(torch.device('cuda'))}, torch {torch.__version__}. Milliseconds of a decode "
         "step (one token for every sequence), median (99th percentile), and tokens a second.",
         "",
-        "| context | batch | " + " | ".join(results) + " |",
-        "|---" * (2 + len(results)) + "|",
     ]
-    measured = {name: {(t.context, t.batch): t for t in r.timings} for name, r in results.items()}
-    for context, batch in dict.fromkeys(point for times in measured.values() for point in times):
-        cells = []
-        for name in results:
-            t = measured[name].get((context, batch))
-            cells.append(f"{t.median:.2f} ({t.p99:.2f}), {1e3 * batch / t.median:.0f}/s" if t else "-")
-        lines.append(f"| {context} | {batch} | {' | '.join(cells)} |")
-    failures = [f"- {name}: {r.failure}" for name, r in results.items() if r.failure]
-    return "\n".join([*lines, *(["", *failures] if failures else [])]) + "\n"
+    titles = {name: column.title for name, column in ENGINES.items()}
+    own = [name for name in ENGINES if name.startswith("vllm-") and name != "vllm-hopper"]
+    return "\n".join(head) + "\n" + table(results, titles, "hopper", own)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -242,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
     results: dict[str, Result] = {}
     for name in options.engines:
         results[name] = measure(name, plan, max(0.0, min(options.timeout, end - time.monotonic())))
-        options.out.write_text(table(results))
+        options.out.write_text(report(results))
     print(options.out.read_text())
     return 1 if any(r.failure for r in results.values()) else 0
 
@@ -255,7 +244,7 @@ def measure_here(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args(arguments)
     with options.json.open("w") as file:
-        for row in ENGINES[options.only](Plan(**json.loads(options.plan))):
+        for row in ENGINES[options.only].measure(Plan(**json.loads(options.plan))):
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()
             print(options.only, row, flush=True)

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from container.serving.attention import PAGE
-from container.serving.bench_gpu import V2_LITE, Plan, Timing, timing
+from container.serving.bench_gpu import V2_LITE, Plan, timing
+from container.serving.bench_table import Timing
 from container.serving.sequence import Sampling, Sequence
 from container.serving.vllm_engine.arguments import VllmOptions
 from container.serving.vllm_engine.engine import VllmEngine
