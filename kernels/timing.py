@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
-Repeatable = Call | torch.cuda.CUDAGraph
 # The device waits these cycles out, while the host queues what is timed: a call, the replay of a graph.
 CALL_CYCLES, REPLAY_CYCLES = 1_000_000, 150_000
 
@@ -28,6 +27,21 @@ class Timing:
     p90_us: float
     p99_us: float
     samples: int
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A call as a CUDA graph, and the call: the graph reads the memory of the tensors that it holds."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Call
+
+    def replay(self) -> None:
+        """Run the call once more."""
+        self.graph.replay()
+
+
+Repeatable = Call | Captured
 
 
 def one_call_us(call: Call, device: torch.device) -> float:
@@ -104,11 +118,11 @@ def in_turn(
 ) -> dict[str, Timing]:
     """Times of `calls`, round after round; `flush` as in `replayed`, without effect on a CPU."""
     if device.type == "cuda":
-        return replayed(cast(Mapping[str, torch.cuda.CUDAGraph], calls), rounds, flush)
+        return replayed(cast(Mapping[str, Captured], calls), rounds, flush)
     return interleaved(cast(Mapping[str, Call], calls), device, seconds=0, least=rounds, most=rounds)
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
+def captured(call: Call) -> Captured:
     """`call` as a CUDA graph, after two runs on its stream that allocate and compile what it needs.
 
     The context manager torch.cuda.graph would empty torch's cache first, and gigabytes of inputs be allocated
@@ -126,12 +140,10 @@ def captured(call: Call) -> torch.cuda.CUDAGraph:
         finally:
             graph.capture_end()
     torch.cuda.synchronize()
-    return graph
+    return Captured(graph, call)
 
 
-def replayed(
-    graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int, flush: Tensor | None = None
-) -> dict[str, Timing]:
+def replayed(graphs: Mapping[str, Captured], rounds: int, flush: Tensor | None = None) -> dict[str, Timing]:
     """Device time of every graph, interleaved in a random order each round.
 
     Before each replay `flush`, larger than the L2 cache, is overwritten; without it the graph itself is

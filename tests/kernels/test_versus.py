@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from kernels import bench
 from kernels.grid import GROUPS, MARKERS, GridCase, full_grid, select, shapes
 from kernels.limits import H100
 from kernels.peers import PEERS
-from kernels.timing import Timing
+from kernels.timing import Timing, captured
 from kernels.versus_rows import NOTHING, PLANNED, Comparison, Row, read, write_line
 from kernels.versus_table import ratio, render
 
@@ -163,6 +164,18 @@ def test_page_says_when_outputs_disagree() -> None:
 def test_peers_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--peers"]) == 2
     assert "compute capability 9.0" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_call_keeps_what_its_graph_reads() -> None:
+    result = torch.empty(1 << 20, device="cuda")
+    graph = captured(functools.partial(torch.add, torch.ones(1 << 20, device="cuda"), 1.0, out=result))
+    others = [torch.zeros(1 << 20, device="cuda") for _ in range(4)]
+    result.zero_()
+    graph.replay()
+    assert int((result == 2).sum()) == 1 << 20
+    assert not any(int(other.count_nonzero()) for other in others)
 
 
 @pytest.mark.gpu
