@@ -10,6 +10,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -200,3 +201,19 @@ def test_debug_build_names_the_index_out_of_range(monkeypatch: pytest.MonkeyPatc
     graph = captured(lambda: backend(*inputs.arguments()))  # where nothing can be read back
     graph.replay()
     torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+def test_no_access_out_of_bounds(compiled: tuple[Path, str]) -> None:
+    """racecheck is of no use here: it takes no notice of mbarriers. The emulator finds races."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1",
+         "--kernel-name", "kns=mla_hopper", sys.executable, "-m", "tests.kernels.sanitized"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout
