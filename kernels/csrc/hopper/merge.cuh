@@ -9,7 +9,8 @@
 namespace mla_hopper {
 
 constexpr int kMergeThreads = 256;
-constexpr int kMergeBarrier = 4;
+constexpr int kMergeBarrier = 4;   // named barriers; 0 is __syncthreads
+constexpr int kStoredBarrier = 5;  // and 6: the threads of one half of a part
 constexpr int kWeightStride = 65;  // floats between the parts' weights: parts of one row in different banks
 
 // A CTA takes part in at most two split items: its first (whose beginning is elsewhere) and its last. They wait for the
@@ -20,6 +21,12 @@ struct Split {
   int parts;  // 0: nothing to merge
   int mine;   // which part this CTA computed
 };
+
+// One half of a part is in the workspace; says so once each of its 128 threads has stored. `head` as in Split.
+__device__ __forceinline__ void announce_part(const Params& params, int head, int half, int thread) {
+  named_sync(kStoredBarrier + half, 128);
+  if (thread == 0) add_release(params.arrived + head, 1);
+}
 
 // Weight of every part for every row, exp2(maximum of the part - maximum) / denominator, into `weights`
 // [parts, kWeightStride]; the item's first CTA stores lse. The first part of an item is the last work of its CTA

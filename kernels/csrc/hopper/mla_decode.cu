@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "decode.cuh"
 #include "ring_kernel.cuh"
 #include "narrow.cuh"
 #include "tables.h"
@@ -89,7 +88,7 @@ RowTiles row_tiles(const mla_decode_params& p, int ctas) {
   const int rows = p.s_q * p.h_q;
   const int narrow = ceil_div(rows, kNarrowRows);
   if (narrow <= 1) return {kNarrowRows, 1, 1};
-  if (narrow <= ctas && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA) {
+  if (narrow <= ctas) {
     const int tiles = ceil_div(int64_t(p.batch) * p.max_blocks_per_seq, ctas / narrow);  // of a CTA at most
     if (tiles <= tuned("MLA_HOPPER_NARROW_TILES", 32 / std::min(narrow, 4))) return {kNarrowRows, narrow, 1};
   }
@@ -256,11 +255,6 @@ struct Variant {
   int copied_tokens;  // of one bulk tensor copy from a 16-bit cache
 };
 
-template <typename T, typename L>
-Variant wide() {
-  return {mla_decode_kernel<T, L>, L::kThreads, L::kRequest, kTileTokens};
-}
-
 template <typename T, typename L = RingLayout>
 Variant ring() {
   return {mla_decode_ring_kernel<T, L>, L::kThreads, L::kBytes, kTileTokens};
@@ -272,7 +266,7 @@ Variant narrow() {
 }
 
 Variant choose(int32_t q_dtype, bool fp8, bool few_rows) {
-  if (fp8) return few_rows ? narrow<NarrowFp8>() : wide<__nv_bfloat16, Layout>();
+  if (fp8) return few_rows ? narrow<NarrowFp8>() : ring<__nv_bfloat16, RingFp8Layout>();
   if (q_dtype == MLA_DTYPE_BFLOAT16) {
     return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : ring<__nv_bfloat16>();
   }

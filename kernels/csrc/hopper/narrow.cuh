@@ -14,7 +14,6 @@
 #include "narrow_layout.cuh"
 #include "narrow_softmax.cuh"
 #include "schedule.cuh"
-#include "values.cuh"
 
 namespace mla_hopper {
 
@@ -107,7 +106,7 @@ __device__ __forceinline__ void finish_part(const Params& params, const Work& wo
       reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group * params.m_tiles + m_tile, work.parts,
                                                              group - work.head_group};
     }
-    announce_part(params, work, m_tile, team, thread & 127);
+    announce_part(params, work.head_group * params.m_tiles + m_tile, team, thread & 127);
   }
 }
 

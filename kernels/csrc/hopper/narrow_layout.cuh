@@ -23,7 +23,6 @@ template <int kStepBytesOf>
 struct NarrowLayout {
   static constexpr int kRows = kNarrowRows;
   static constexpr int kThreads = kTeams * 128 + 128;  // and a warp for the cache, one for the queries, two idle
-  static constexpr int kStages = 0;                    // of Barriers: no unpacked tiles
   static constexpr int kStepBytes = kStepBytesOf;
   static constexpr int kRawSlots = 4;
   static constexpr int kQuerySlabBytes = kRows * kColumns * 2;
@@ -32,7 +31,7 @@ struct NarrowLayout {
   static constexpr int kExchange = kQuery + kSlabs * kQuerySlabBytes;
   static constexpr int kRing = kExchange + kTeams * kExchangeBytes;
   static constexpr int kTotals = kRing + kRawSlots * kStepBytes;  // float2 [teams, 16]: maximum and sum of a row
-  static constexpr int kOutRows = kTotals + kTeams * kRows * 8;   // as in Layout
+  static constexpr int kOutRows = kTotals + kTeams * kRows * 8;   // RowTable
   static constexpr int kLseRows = kOutRows + 64 * 8;
   static constexpr int kSplits = kLseRows + 64 * 4;
   static constexpr int kBarriers = kSplits + 32;

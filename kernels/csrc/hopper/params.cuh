@@ -18,48 +18,11 @@ constexpr uint64_t kNormal = 0x1000000000000000ull;    // and neither (values of
 constexpr int kColumns = 64;             // elements of a 128-byte swizzled row
 constexpr int kSlabs = kDim / kColumns;  // [64 rows, 64 elements] slabs of a tile
 constexpr int kSlabBytes = 64 * kColumns * 2;
-constexpr int kTileBytes = kSlabs * kSlabBytes;
 constexpr int kMaxCtas = 256;            // counters kept in the workspace
-
-// A stage is filled and emptied in pieces, each as soon as its last reader is done with it, in the order in which they
-// become free: the rope slab (read for the scores only), then two latent slabs at a time, of warpgroup 1's output columns
-// (slabs 0 to 3) and of warpgroup 2's (slabs 4 to 7) in turn.
-constexpr int kPieces = 5;
-constexpr int kPieceRope = 0;
-__host__ __device__ constexpr int piece_of_values(int half, int pair) { return 1 + 2 * pair + half; }
-__host__ __device__ constexpr int first_slab(int piece) {
-  return piece == kPieceRope ? 8 : 4 * ((piece - 1) % 2) + 2 * ((piece - 1) / 2);
-}
-__host__ __device__ constexpr int slab_count(int piece) { return piece == kPieceRope ? 1 : 2; }
 
 constexpr int kTokenBytesFp8 = 656;   // 512 e4m3, 4 float32 scales, 64 bfloat16
 constexpr int kRawTokens = 16;        // tokens of one copy of raw fp8 cache
 constexpr int kRawBytes = kRawTokens * kTokenBytesFp8;
-
-// Byte offsets in dynamic shared memory, whose base is aligned to 1024 (the swizzle's period), of the kernel for an fp8
-// cache and more than 16 query rows (decode.cuh).
-struct Layout {
-  static constexpr int kRows = kTileRows;
-  static constexpr int kUnpackers = 128;            // threads that turn raw tokens into a stage
-  static constexpr int kThreads = 384 + kUnpackers;  // warpgroups: scores, two of values, unpacking
-  static constexpr int kStages = 1;
-  static constexpr int kRawSlots = 7;
-  static constexpr int kQuerySlabBytes = kTileRows * kColumns * 2;
-  static constexpr int kQuery = 0;
-  static constexpr int kCache = kQuery + kSlabs * kQuerySlabBytes;
-  static constexpr int kRaw = kCache + kStages * kTileBytes;
-  static constexpr int kWeights = (kRaw + kRawSlots * kRawBytes + 1023) / 1024 * 1024;  // softmax weights P, one slab
-  static constexpr int kAlpha = kWeights + kSlabBytes;  // float[64]: factor of the running output
-  static constexpr int kInverse = kAlpha + 64 * 4;      // float[64]: 1 / softmax denominator
-  static constexpr int kOutRows = kInverse + 64 * 4;    // int64[64]: elements from an item's out to the row
-  static constexpr int kLseRows = kOutRows + 64 * 8;    // int32[64]: elements from an item's lse to the row
-  static constexpr int kSplits = kLseRows + 64 * 4;     // Split[2]
-  static constexpr int kBarriers = kSplits + 32;
-  static constexpr int kBytes = kBarriers + (2 * kStages * kPieces + 2 + kRawSlots) * 8;
-  static constexpr int kRequest = kBytes + 1024;  // slack to align the base
-  static_assert(kRequest <= 232448, "more shared memory than a CTA can have");
-  static_assert(kCache % 1024 == 0, "stages must be aligned to the swizzle's period");
-};
 
 struct Params {
   int batch, s_q, h_q;

@@ -24,6 +24,7 @@ template <int kHeldPairsOf, int kSlotsOf, int kRawSlotsOf, int kScoreRegistersOf
 struct RingShape {
   static constexpr int kRows = kTileRows;
   static constexpr int kThreads = 512;  // warpgroups: scores, two of values, producers
+  static constexpr int kLaunchRegisters = 128;  // that a thread has at first
   static constexpr int kHeldPairs = kHeldPairsOf;
   static constexpr int kSlots = kSlotsOf;
   static constexpr int kRawSlots = kRawSlotsOf;
@@ -37,8 +38,8 @@ struct RingShape {
   static constexpr int kRope = kQuery + kQuerySlabs * kSlabBytes;
   static constexpr int kCache = kRope + kSlabBytes;              // the ring
   static constexpr int kRaw = kCache + kSlots * kPairBytes;
-  static constexpr int kWeights = (kRaw + kRawSlots * kRawBytes + 1023) / 1024 * 1024;  // softmax weights P of even and
-                                                                                        // odd tiles, a slab each
+  // Softmax weights P of even and odd tiles, a slab each.
+  static constexpr int kWeights = (kRaw + kRawSlots * kRawBytes + 1023) / 1024 * 1024;
   static constexpr int kAlpha = kWeights + 2 * kSlabBytes;       // float[2][64]: their factors of the running output
   static constexpr int kInverse = kAlpha + 2 * 64 * 4;           // float[2][64]: 1 / softmax denominator, by item
   static constexpr int kOutRows = kInverse + 2 * 64 * 4;         // RowTable
@@ -52,8 +53,9 @@ struct RingShape {
 
 // What the query leaves in shared memory makes the ring longer than the two tiles that are in use at any time.
 struct RingLayout : RingShape<3, 2 * kTilePairs + 3, 0, 160> {};
-// Unpacking takes registers from the scores, and raw tokens take room from the ring.
-struct RingFp8Layout : RingShape<2, 6, 6, 128> {};
+// Unpacking takes registers from the scores, and raw tokens take room from the ring. Its warps would be faster with more of
+// both; the value warpgroups have what they need and nothing to spare.
+struct RingFp8Layout : RingShape<2, 6, 6, 136> {};
 
 // What the value warpgroups have to know of a Work.
 struct Task {
@@ -118,6 +120,14 @@ struct RingPosition {
       next.parity ^= 1;
     }
     return next;
+  }
+  __device__ __forceinline__ RingPosition behind(int pieces) const {
+    RingPosition last = {slot - pieces, parity};
+    if (last.slot < 0) {
+      last.slot += L::kSlots;
+      last.parity ^= 1;
+    }
+    return last;
   }
   __device__ __forceinline__ void advance(int pieces) { *this = ahead(pieces); }
   __device__ __forceinline__ uint32_t address(uint32_t base) const { return base + L::kCache + slot * kPairBytes; }

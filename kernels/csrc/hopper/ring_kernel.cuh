@@ -1,9 +1,10 @@
-// The MLA decode kernel for sm_90a, a 16-bit cache and 64 query rows a CTA (narrow.cuh has 16): one launch, one CTA on
-// every multiprocessor.
+// The MLA decode kernel for sm_90a and more than 16 query rows (narrow.cuh is for fewer, and for short batches): one launch,
+// one CTA on every multiprocessor.
 //
 // A CTA holds 64 query rows (rows = queries x heads) and streams 64-token tiles of the latent cache through shared memory,
 // each read once and used twice: as keys (576 wide, K-major) and as values (512 wide, MN-major). Warpgroup 0 turns scores
-// into softmax weights, warpgroups 1 and 2 accumulate output columns 0..255 and 256..511, warpgroup 3 copies.
+// into softmax weights, warpgroups 1 and 2 accumulate output columns 0..255 and 256..511, warpgroup 3 copies, or unpacks an
+// fp8 cache.
 // The tensor cores alternate: scores of tile t + 1; values of tile t, while warpgroup 0 makes the weights of tile t + 1.
 #ifndef MLA_HOPPER_RING_KERNEL_CUH_
 #define MLA_HOPPER_RING_KERNEL_CUH_
@@ -12,6 +13,7 @@
 #include "merge.cuh"
 #include "ring_feed.cuh"
 #include "ring_scores.cuh"
+#include "ring_unpack.cuh"
 #include "ring_values.cuh"
 
 namespace mla_hopper {
@@ -56,9 +58,13 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
   const int cta = blockIdx.x;
   if (warp >= 12) {
     shrink_registers<L::kProducerRegisters>();
-    if (warp < 15) {
-      const int group = cta / params.m_tiles;
-      const int m_tile = cta - group * params.m_tiles;
+    const int group = cta / params.m_tiles;
+    const int m_tile = cta - group * params.m_tiles;
+    if constexpr (L::kUnpacks) {
+      Schedule schedule(params, group, lane);
+      unpack_ring(params, schedule, barriers, base, warp - 12, lane);
+      if (warp == 15) store_empty_items<T, L>(params, schedule, smem, group, lane);
+    } else if (warp < 15) {
       Schedule schedule(params, group, lane);
       if (warp == 12) {
         feed_ring(params, &query_map, &cache_map, schedule, barriers, base, m_tile, lane);
@@ -69,13 +75,17 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
       }
     }
   } else if (warp < 4) {
-    grow_registers<L::kScoreRegisters>();
+    if constexpr (L::kScoreRegisters > L::kLaunchRegisters) {
+      grow_registers<L::kScoreRegisters>();
+    } else if constexpr (L::kScoreRegisters < L::kLaunchRegisters) {
+      shrink_registers<L::kScoreRegisters>();
+    }
     MLA_TRACE(1);
     const int group = cta / params.m_tiles;
     const int m_tile = cta - group * params.m_tiles;
     Schedule schedule(params, group, lane);
     MLA_TRACE(2);
-    score_tiles<T, L>(params, schedule, barriers, smem, base, cta, group, m_tile, threadIdx.x);
+    score_tiles<T, L>(params, &query_map, schedule, barriers, smem, base, cta, group, m_tile, threadIdx.x);
   } else {
     grow_registers<L::kValueRegisters>();
     accumulate_tiles<T, L>(params, barriers, smem, base);

@@ -5,6 +5,7 @@
 #include "epilogue.cuh"
 #include "merge.cuh"
 #include "ring.cuh"
+#include "ring_feed.cuh"
 #include "ring_softmax.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
@@ -26,6 +27,14 @@ class RingScores {
   float s[32];
 
   __device__ __forceinline__ RingScores(const RingBarriers<L>& barriers, uint32_t base) : barriers_(barriers), base_(base) {}
+
+  // What unpacking warps have no time for: asks for the query slabs of the CTA's `count`-th item. One warp.
+  __device__ __forceinline__ void request_query(const Params& params, const CUtensorMap* map, int item, int m_tile,
+                                                uint32_t count, int lane) const {
+    feed_query(params, map, barriers_, base_, item, m_tile, (count & 1) ^ 1, lane);
+    RingPosition<L> position = position_;
+    feed_held_query(params, map, barriers_, position, base_, item, m_tile, lane);
+  }
 
   // A new item: its first query slabs from the ring to registers, and the wait for the others.
   __device__ __forceinline__ void load_query(int warp, int lane, uint32_t item) {
@@ -93,8 +102,9 @@ class RingScores {
 };
 
 template <typename T, typename L>
-__device__ __forceinline__ void score_tiles(const Params& params, Schedule& schedule, const RingBarriers<L>& barriers,
-                                            char* smem, uint32_t base, int cta, int group, int m_tile, int thread) {
+__device__ __forceinline__ void score_tiles(const Params& params, const CUtensorMap* query_map, Schedule& schedule,
+                                            const RingBarriers<L>& barriers, char* smem, uint32_t base, int cta, int group,
+                                            int m_tile, int thread) {
   const int lane = thread & 31;
   const int warp = thread / 32;
   const int row = warp * 16 + lane / 4;  // and row + 8
@@ -109,6 +119,7 @@ __device__ __forceinline__ void score_tiles(const Params& params, Schedule& sche
     const int slot = group == work.head_group;  // of this CTA's partial results
     const int head = work.head_group * params.m_tiles + m_tile;
     LazySoftmax softmax;
+    if (L::kUnpacks && warp == 0) scores.request_query(params, query_map, work.item, m_tile, item, lane);
     scores.load_query(warp, lane, item);
     MLA_TRACE(3);
 #pragma unroll 1

@@ -2,10 +2,10 @@
 #ifndef MLA_HOPPER_RING_VALUES_CUH_
 #define MLA_HOPPER_RING_VALUES_CUH_
 
-#include "barriers.cuh"
 #include "epilogue.cuh"
+#include "merge.cuh"
 #include "ring.cuh"
-#include "values.cuh"
+#include "schedule.cuh"
 #include "wgmma.cuh"
 
 namespace mla_hopper {
@@ -31,12 +31,24 @@ struct RowFactors {
   }
 };
 
+__device__ __forceinline__ void rescale(float (&o)[128], float low, float high) {
+  if (__all_sync(kAllLanes, low == 1.f && high == 1.f)) return;
+#pragma unroll
+  for (int i = 0; i < 128; i += 4) {
+    o[i] *= low;
+    o[i + 1] *= low;
+    o[i + 2] *= high;
+    o[i + 3] *= high;
+  }
+}
+
 // 128 registers hold the output, so what is cheap to find again is not kept; addresses of operands are in uniform ones.
 template <typename T, typename L>
 __device__ __forceinline__ void accumulate_tiles(const Params& params, const RingBarriers<L>& barriers, char* smem,
                                                  uint32_t base) {
-  // With 64 or 128 rows memory is the limit, and waiting would keep pieces from their next tile.
-  const bool in_turns = params.m_tiles > 2;
+  // With 64 or 128 rows memory is the limit, and waiting would keep pieces from their next tile. Nor may a tile wait for the
+  // next one in a ring that has no room for both.
+  const bool in_turns = L::kSlots >= 2 * kTilePairs && params.m_tiles > 2;
   float o[128];
   RingPosition<L> position;
   position.slot = __reduce_max_sync(kAllLanes, threadIdx.x / 256);  // reductions give uniform registers
@@ -114,8 +126,7 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
                       {inverse.low, inverse.high});
     } else {
       store_partial(params, blockIdx.x, done.slot, warp, half, lane_index(), o);
-      named_sync(kStoredBarrier + half, 128);
-      if ((thread_index() & 127) == 0) add_release(params.arrived + done.head, 1);
+      announce_part(params, done.head, half, thread_index() & 127);
     }
   }
 }
