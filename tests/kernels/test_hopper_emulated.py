@@ -60,10 +60,10 @@ def test_heads_and_queries(emulated: Path, h_q: int, s_q: int) -> None:
     q, kv = DTYPES[(h_q + s_q) % 3]
     one = case((70, 0, 3, 64), s_q, h_q, q, kv)
     for causal in (False, True) if s_q > 1 else (False,):
-        result = run_case(
-            Emulator(emulated, 8, seed_of(one)), dataclasses.replace(one, causal=causal), seed=2
-        )
-        assert result.passed, result
+        for multiprocessors in (8, 36):  # with 36, up to 128 rows are taken in tiles of 16
+            emulator = Emulator(emulated, multiprocessors, seed_of(one))
+            result = run_case(emulator, dataclasses.replace(one, causal=causal), seed=2)
+            assert result.passed, result
 
 
 @pytest.mark.parametrize(("heads", "q", "kv"), VARIANTS.values(), ids=VARIANTS)

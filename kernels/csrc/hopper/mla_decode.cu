@@ -83,14 +83,17 @@ struct RowTiles {
 };
 
 // With 16 rows a CTA, more CTAs share the work, and what each leaves to be merged is a quarter as large; but each of them
-// goes through the tiles that one could have taken with 64 rows. So it pays while none has many (NOTES_hopper.md).
+// goes through the tiles that one could have taken with 64 rows. So it pays while none has many (NOTES_hopper.md), or an
+// item of its own to begin with; two CTAs that share a 16-bit cache's tiles keep up with memory.
 RowTiles row_tiles(const mla_decode_params& p, int ctas) {
   const int rows = p.s_q * p.h_q;
   const int narrow = ceil_div(rows, kNarrowRows);
   if (narrow <= 1) return {kNarrowRows, 1, 1};
-  if (narrow <= ctas) {
+  if (narrow <= ctas && p.batch <= ctas / narrow) {
     const int tiles = ceil_div(int64_t(p.batch) * p.max_blocks_per_seq, ctas / narrow);  // of a CTA at most
-    if (tiles <= tuned("MLA_HOPPER_NARROW_TILES", 32 / std::min(narrow, 4))) return {kNarrowRows, narrow, 1};
+    const bool fast = narrow == 2 && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA;
+    const int most = fast ? 512 : 40 / std::min(narrow, 4);
+    if (tiles <= tuned("MLA_HOPPER_NARROW_TILES", most)) return {kNarrowRows, narrow, 1};
   }
   return {kTileRows, ceil_div(rows, kTileRows), ceil_div(std::min(rows, kTileRows), 16)};
 }
@@ -285,6 +288,10 @@ Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, int ctas
   k.most_parts = tuned("MLA_HOPPER_MOST_PARTS", k.row_groups == 1 ? 96 : (k.row_groups == 2 ? 48 : 24));
   k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
   k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 8);
+  // Half of the multiprocessors keep up with memory where a tile is read once, if it need not be unpacked.
+  const bool ring = tiles.rows == kTileRows && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA;
+  k.half_below = tuned("MLA_HOPPER_HALF_BELOW", ring && k.m_tiles == 1 ? 1536 : 0);
+  k.whole_below = tuned("MLA_HOPPER_WHOLE_BELOW", ring ? (k.m_tiles == 1 ? 64 : 8) : (k.m_tiles == 1 ? 16 : 0));
   k.causal = p.causal;
   k.max_length = static_cast<int>(std::min<int64_t>(int64_t(p.max_blocks_per_seq) * kTileTokens, 1 << 30));
   k.negative = p.softmax_scale < 0.f;

@@ -13,6 +13,9 @@ namespace mla_hopper {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// Parts of an item, or one more where cuts and items' ends do not coincide.
+constexpr int kMostParts = 64;
+
 // One part of one item: tiles [first, last) of its `tiles`.
 struct Work {
   int item;
@@ -41,15 +44,23 @@ class Schedule {
     has_empty_items = shortest == 0;
     total_ = total;
     // Merging costs time for every part, so a long item is not cut into single tiles.
-    const int least = longest > params.most_parts ? max(2, params.min_tiles) : params.min_tiles;
-    per_group_ = max((total + params.groups - 1) / params.groups, least);
-    if (params.batch <= params.groups) {
+    const int least = max(longest > params.most_parts ? max(2, params.min_tiles) : params.min_tiles,
+                          (longest + kMostParts - 1) / kMostParts);
+    // Half of the groups where they are as fast: parts are then half as many.
+    int groups = params.groups;
+    if (2 * params.batch <= groups) {
+      const bool in_two = 3 * params.batch > groups && longest * params.batch <= total + total / 4;
+      if (total <= params.half_below || (in_two && longest <= params.whole_below)) groups /= 2;
+    }
+    per_group_ = max((total + groups - 1) / groups, least);
+    if (params.batch <= groups) {
       // Enough groups to start every item at a group of its own: no CTA then has two parts to load, store and merge.
-      const int own = max((longest + params.groups / params.batch - 1) / (params.groups / params.batch), least);
-      aligned_ = own <= per_group_ + (own >= longest ? params.split_cost : 1);
+      const int own = max((longest + groups / params.batch - 1) / (groups / params.batch), least);
+      // A few CTAs without work cost nothing while memory is the limit.
+      aligned_ = own <= per_group_ + max(own >= longest ? params.split_cost : 1, per_group_ / 32);
       if (aligned_) per_group_ = own;
     } else if (shortest == longest) {
-      const int whole = longest * ((params.batch + params.groups - 1) / params.groups);
+      const int whole = longest * ((params.batch + groups - 1) / groups);
       if (whole <= per_group_ + params.split_cost) per_group_ = whole;
     }
     position_ = group * per_group_;
