@@ -1,7 +1,6 @@
 """One latent cache that all cases of a benchmark take their pages from, as the requests of a server do.
 
-With an allocation a case, kernels that read pages were 6 to 11 % slower at short batches on an H100
-(NOTES_hopper.md), and no server has one.
+No server allocates a cache for each batch. On an H100 the times are the same either way (NOTES_hopper.md).
 """
 
 from __future__ import annotations
