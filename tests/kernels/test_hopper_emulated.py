@@ -7,6 +7,7 @@ import itertools
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ def emulated() -> Path:
     return build()
 
 
+class WideTable(Emulator):
+    """With a block table for long sequences, so that no short one is taken in tiles of 16 query rows."""
+
+    def __call__(self, q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor, *rest: Any) -> Any:
+        return super().__call__(q, k_cache, torch.nn.functional.pad(block_table, (0, 1000)), *rest)
+
+
 def seed_of(case: CheckCase) -> int:
     return zlib.crc32(case.name.encode())
 
@@ -64,6 +72,14 @@ def test_heads_and_queries(emulated: Path, h_q: int, s_q: int) -> None:
             emulator = Emulator(emulated, multiprocessors, seed_of(one))
             result = run_case(emulator, dataclasses.replace(one, causal=causal), seed=2)
             assert result.passed, result
+
+
+@pytest.mark.parametrize(("length", "parts"), [(1030, 17), (3930, 31)])
+def test_merges_many_parts(emulated: Path, length: int, parts: int) -> None:
+    """More parts than shares, and more bytes of them than the ring holds at once."""
+    emulator = WideTable(emulated, 2 * parts, seed=8)  # the schedule takes half of the multiprocessors
+    result = run_case(emulator, case((length,), 1, 64, BF16, BF16), seed=8)
+    assert result.passed, result
 
 
 @pytest.mark.parametrize(("heads", "q", "kv"), VARIANTS.values(), ids=VARIANTS)
@@ -126,7 +142,11 @@ def test_random_shapes(
 
 
 @pytest.mark.parametrize(
-    ("kv", "words"), [(BF16, "lies outside of the tensor"), (FP8, r"reads \d+ bytes at kv_cache")]
+    ("kv", "words"),
+    [
+        (BF16, "lies outside of the tensor"),
+        (FP8, r"reads (\d+ bytes at kv_cache|.*which nobody has written)"),
+    ],
 )
 @pytest.mark.parametrize("heads", [16, 64])
 def test_an_index_out_of_range_is_found(emulated: Path, heads: int, kv: torch.dtype, words: str) -> None:
@@ -219,11 +239,17 @@ def test_what_a_missing_synchronisation_is_called(emulated: Path, file: str, tex
         Emulator(emulated, 3, fault=place_of(file, text))(*inputs.arguments())
 
 
+def test_what_copying_parts_without_a_proxy_fence_is_called(emulated: Path) -> None:
+    fault = place_of("ring_merge.cuh", "fence_async_proxy_global();")
+    with pytest.raises(EmulatedFailure, match="without a proxy fence for global memory since"):
+        run_case(WideTable(emulated, 34, fault=fault), case((1030,), 1, 64, BF16, BF16), seed=6)
+
+
 # Synchronisations that may be left out, by file and the line before: why nothing goes wrong.
 NOT_NEEDED = {
     ("merge.cuh", "// The last to finish leaves the counters"): "a second merge begins with the same barrier",
     ("narrow.cuh", "Operands::load(params, map, ring"): "the next shuffle gathers the warp too",
-    ("ring_kernel.cuh", "const RowTable table = row_table"): "a merge begins with the same barrier",
+    ("ring_kernel.cuh", "RingMerge<T, L> merge_many"): "a merge begins with the same barrier",
     ("ring_scores.cuh", "add_pair<3>();"): "a group of its own, so that scored() can be said early",
     ("ring_scores.cuh", "wgmma_commit();"): "the same",
     ("ring_scores.cuh", "mbarrier_wait(barriers_.rope_full()"): "its registers are in flight already",
@@ -237,7 +263,7 @@ BROKEN_CASES = [
     (case(lengths, s_q, heads, BF16, kv), max(multiprocessors, 3 if s_q > 1 else 0))
     for heads, s_q, kv in ((12, 1, BF16), (12, 1, FP8), (64, 1, FP8), (64, 1, BF16), (48, 4, BF16))
     for lengths, multiprocessors in (((130, 50, 64, 10, 70, 1), 2), ((200, 30, 30, 20, 300, 1), 3))
-]
+] + [(case((1030,), 1, 64, BF16, BF16), 34)]
 
 
 def test_every_missing_synchronisation_is_found(emulated: Path) -> None:
@@ -245,7 +271,7 @@ def test_every_missing_synchronisation_is_found(emulated: Path) -> None:
     missed: dict[str, str] = {}
     found: set[str] = set()
     for one, multiprocessors in BROKEN_CASES:
-        emulator = Emulator(emulated, multiprocessors, seed=1)
+        emulator = WideTable(emulated, multiprocessors, seed=1)
         emulator.synchronisations()
         assert run_case(emulator, one, seed=7).passed
         places = emulator.synchronisations()

@@ -28,6 +28,23 @@ __device__ __forceinline__ void announce_part(const Params& params, int head, in
   if (thread == 0) add_release(params.arrived + head, 1);
 }
 
+// One thread: until all parts are in the workspace.
+__device__ __forceinline__ void await_parts(const Params& params, const Split& split) {
+  const uint32_t wanted = 2 * split.parts;  // both consumer warpgroups of every part
+  while (load_acquire(params.arrived + split.head) != wanted) {
+  }
+}
+
+// This CTA needs the counters no more; the last to say so leaves them as the next launch expects them.
+__device__ __forceinline__ void leave_counters(const Params& params, const Split& split, int thread) {
+  if (thread == 0) {
+    if (atomicAdd(params.finished + split.head, 1u) == static_cast<uint32_t>(split.parts - 1)) {
+      params.arrived[split.head] = 0;
+      params.finished[split.head] = 0;
+    }
+  }
+}
+
 // Weight of every part for every row, exp2(maximum of the part - maximum) / denominator, into `weights`
 // [parts, kWeightStride]; the item's first CTA stores lse. The first part of an item is the last work of its CTA
 // (slot 1), every other part the first work of its CTA (slot 0).
@@ -147,11 +164,7 @@ __device__ __forceinline__ void merge(const Params& params, const RowTable& tabl
   const float4* source = params.partial + 2 * split.head * slot + (begin + team) * 128 + lane;
   float4* exchange = reinterpret_cast<float4*>(scratch + (2 * split.parts * kWeightStride + 3) / 4 * 4);
 
-  if (thread == 0) {
-    const uint32_t wanted = 2 * split.parts;  // both consumer warpgroups of every part
-    while (load_acquire(params.arrived + split.head) != wanted) {
-    }
-  }
+  if (thread == 0) await_parts(params, split);
   MLA_TRACE(11);
   named_sync(kMergeBarrier, kMergeThreads);
   PartValues values;
@@ -205,14 +218,8 @@ __device__ __forceinline__ void merge(const Params& params, const RowTable& tabl
   }
   MLA_TRACE(14);
 
-  // The last to finish leaves the counters as the next launch expects them.
   named_sync(kMergeBarrier, kMergeThreads);
-  if (thread == 0) {
-    if (atomicAdd(params.finished + split.head, 1u) == static_cast<uint32_t>(split.parts - 1)) {
-      params.arrived[split.head] = 0;
-      params.finished[split.head] = 0;
-    }
-  }
+  leave_counters(params, split, thread);
 }
 
 }  // namespace mla_hopper

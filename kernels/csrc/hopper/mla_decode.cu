@@ -258,9 +258,13 @@ struct Variant {
   int copied_tokens;  // of one bulk tensor copy from a 16-bit cache
 };
 
-template <typename T, typename L = RingLayout>
+template <typename T, typename L, bool kMany>
 Variant ring() {
-  return {mla_decode_ring_kernel<T, L>, L::kThreads, L::kBytes, kTileTokens};
+  return {mla_decode_ring_kernel<T, L, kMany>, L::kThreads, L::kBytes, kTileTokens};
+}
+template <typename T>
+Variant ring(bool many_parts) {
+  return many_parts ? ring<T, RingLayout, true>() : ring<T, RingLayout, false>();
 }
 
 template <typename Operands>
@@ -268,12 +272,12 @@ Variant narrow() {
   return {mla_decode_narrow_kernel<Operands>, Operands::L::kThreads, Operands::L::kRequest, Operands::kStepTokens};
 }
 
-Variant choose(int32_t q_dtype, bool fp8, bool few_rows) {
-  if (fp8) return few_rows ? narrow<NarrowFp8>() : ring<__nv_bfloat16, RingFp8Layout>();
+Variant choose(int32_t q_dtype, bool fp8, bool few_rows, bool many_parts) {
+  if (fp8) return few_rows ? narrow<NarrowFp8>() : ring<__nv_bfloat16, RingFp8Layout, false>();
   if (q_dtype == MLA_DTYPE_BFLOAT16) {
-    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : ring<__nv_bfloat16>();
+    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : ring<__nv_bfloat16>(many_parts);
   }
-  return few_rows ? narrow<Narrow16bit<__half>>() : ring<__half>();
+  return few_rows ? narrow<Narrow16bit<__half>>() : ring<__half>(many_parts);
 }
 
 Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, int ctas) {
@@ -356,7 +360,8 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
                     p.q_stride_batch, kernel.row_groups * 16, fail);
   if (status != MLA_OK) return status;
   const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
-  const Variant variant = choose(p.q_dtype, fp8, tiles.rows == kNarrowRows);
+  const bool many_parts = p.batch * kManyParts <= kernel.groups;
+  const Variant variant = choose(p.q_dtype, fp8, tiles.rows == kNarrowRows, many_parts);
   if (!fp8) {
     status = make_map(&cache_map, "kv_cache", p.kv_dtype, p.kv_cache, kTileTokens, p.kv_stride_token, p.num_blocks,
                       p.kv_stride_block, variant.copied_tokens, fail);

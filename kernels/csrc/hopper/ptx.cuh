@@ -121,6 +121,9 @@ __device__ __forceinline__ void store_fragment(uint32_t address, uint32_t a, uin
 // Makes this thread's ordinary shared-memory writes visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
+// Makes what this thread knows of global memory known to its bulk copies: they are another proxy.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
+
 __device__ __forceinline__ void named_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }

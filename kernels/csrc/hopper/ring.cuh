@@ -47,7 +47,7 @@ struct RingShape {
   static constexpr int kSplits = kLseRows + 64 * 4;              // Split[2]
   static constexpr int kTasks = kSplits + 32;                    // Task[2], by item
   static constexpr int kBarriers = kTasks + 64;
-  static constexpr int kBytes = kBarriers + (2 * kSlots + 12 + kRawSlots) * 8;
+  static constexpr int kBytes = kBarriers + (2 * kSlots + 13 + kRawSlots) * 8;
   static_assert(kBytes <= 232448, "more shared memory than a CTA can have");
 };
 
@@ -84,8 +84,9 @@ struct RingBarriers {
   __device__ __forceinline__ uint32_t read(uint32_t tile) const { return rope_full() + 64 + 8 * (tile & 1); }
   __device__ __forceinline__ uint32_t inverted(uint32_t item) const { return rope_full() + 80 + 8 * (item & 1); }
   __device__ __forceinline__ uint32_t raw_full(int slot) const { return rope_full() + 96 + 8 * slot; }
+  __device__ __forceinline__ uint32_t parts_full() const { return raw_full(L::kRawSlots); }
 
-  __device__ __forceinline__ void init() const {
+  __device__ __forceinline__ void init(bool merges_many) const {
     for (int slot = 0; slot < L::kSlots; ++slot) {
       mbarrier_init(full(slot), L::kFillers);
       mbarrier_init(empty(slot), 4);  // warps of the last reader
@@ -101,6 +102,7 @@ struct RingBarriers {
       mbarrier_init(inverted(i), 4);
     }
     for (int slot = 0; slot < L::kRawSlots; ++slot) mbarrier_init(raw_full(slot), 1);
+    if (merges_many) mbarrier_init(parts_full(), 1);
     mbarrier_init_fence();
   }
 };

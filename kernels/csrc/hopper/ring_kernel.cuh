@@ -10,8 +10,8 @@
 #define MLA_HOPPER_RING_KERNEL_CUH_
 
 #include "load.cuh"
-#include "merge.cuh"
 #include "ring_feed.cuh"
+#include "ring_merge.cuh"
 #include "ring_scores.cuh"
 #include "ring_unpack.cuh"
 #include "ring_values.cuh"
@@ -29,7 +29,8 @@ __device__ __forceinline__ void store_empty_items(const Params& params, const Sc
   }
 }
 
-template <typename T, typename L>
+// Where items may have many parts (kMany), their merge is another: both in one kernel made all of it slower.
+template <typename T, typename L, bool kMany>
 __global__ void __launch_bounds__(L::kThreads, 1)
 mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap query_map,
                        const __grid_constant__ CUtensorMap cache_map) {
@@ -42,7 +43,7 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
   const int lane = threadIdx.x & 31;
   const RingBarriers<L> barriers = {base + L::kBarriers};
   if (warp == 0) {
-    if (lane == 0) barriers.init();
+    if (lane == 0) barriers.init(kMany);
   } else if (warp < 3) {
     fill_row_table<L>(params, smem, blockIdx.x % params.m_tiles, threadIdx.x - 32);
   } else if (warp == 3) {
@@ -90,12 +91,18 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
     grow_registers<L::kValueRegisters>();
     accumulate_tiles<T, L>(params, barriers, smem, base);
     const int thread = threadIdx.x - 128;  // of 256
-    const RowTable table = row_table<L>(smem);
-    named_sync(kMergeBarrier, kMergeThreads);  // both warpgroups are done with the ring
+    RingMerge<T, L> merge_many(params, smem, base, barriers.parts_full(), thread);
+    if constexpr (!kMany) named_sync(kMergeBarrier, kMergeThreads);  // both warpgroups are done with the ring
 #pragma unroll 1
     for (int slot = 0; slot < 2; ++slot) {
       const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
-      if (split.parts > 0) merge<T>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kCache));
+      if (split.parts > 0) {
+        if constexpr (kMany) {
+          merge_many.run(split);
+        } else {
+          merge<T>(params, row_table<L>(smem), split, thread, reinterpret_cast<float*>(smem + L::kCache));
+        }
+      }
       MLA_TRACE(16 + slot);
     }
   }

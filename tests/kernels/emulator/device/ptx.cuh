@@ -56,6 +56,8 @@ inline void store_fragment(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
 
 inline void fence_async_proxy(Place place = Place::here()) { emulator::fence_async_proxy(place); }
 
+inline void fence_async_proxy_global(Place place = Place::here()) { emulator::fence_async_proxy_global(place); }
+
 inline void named_sync(int barrier, int threads, Place place = Place::here()) {
   emulator::named_barrier(barrier, threads, true, place);
 }

@@ -82,7 +82,8 @@ void tensor_copy(uint32_t destination, const void* map_pointer, uint32_t barrier
 void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier, Place place) {
   Thread& thread = enter("bulk_copy", place);
   if (bytes == 0 || bytes % 16 != 0) fail("%u bytes: a bulk copy takes multiples of 16", bytes);
-  check_global(source, bytes, 16, false);
+  const Region& region = check_global(source, bytes, 16, false);
+  if (region.writable) copy_reads_global(thread, region, reinterpret_cast<uintptr_t>(source) - region.begin, bytes);
   Copy copy = {};
   copy.destination = destination;
   copy.bytes = bytes;

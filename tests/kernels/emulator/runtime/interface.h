@@ -42,6 +42,7 @@ bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place);
 void tensor_copy(uint32_t destination, const void* map, uint32_t barrier, int x, int y, int z, Place place);
 void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier, Place place);
 void fence_async_proxy(Place place);
+void fence_async_proxy_global(Place place);
 
 // Matrices (fragments.cc, wgmma.cc).
 enum class Element { kBfloat16, kFloat16 };

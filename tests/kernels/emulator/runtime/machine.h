@@ -42,6 +42,7 @@ struct Thread {
   uint32_t polled_value = 0;
   std::vector<uint32_t> unfenced;  // shared words written since its last proxy fence
   Clock clock;
+  Clock announced;  // what it knew at its last proxy fence for global memory
   uint64_t acquired = 0;  // how often it has learned from others
   int lane() const { return index & 31; }
 };

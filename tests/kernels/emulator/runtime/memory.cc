@@ -109,6 +109,12 @@ void fence_async_proxy(Place place) {
   thread.unfenced.clear();
 }
 
+void fence_async_proxy_global(Place place) {
+  if (dropped("fence_async_proxy_global", place)) return;
+  Thread& thread = enter("fence_async_proxy_global", place);
+  thread.announced = thread.clock;
+}
+
 void touched_by_async_proxy(Cta& cta, Place place, uint32_t address, uint32_t bytes) {
   const uint32_t first = (address - machine.shared_base) / 4;
   for (uint32_t word = first; word < first + bytes / 4; ++word) {

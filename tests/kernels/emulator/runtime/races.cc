@@ -118,17 +118,20 @@ GlobalWrite* global_words(const Region& region, uintptr_t offset) {
   return &words[offset / 4];
 }
 
-bool knows_of(const Thread& thread, const GlobalWrite& write) {
+// Whether `clock`, of a thread of `cta`, covers the write.
+bool knows_of(const Cta& cta, const Clock& clock, const GlobalWrite& write) {
   const Access& access = write.access;
   if (access.epoch == 0) return true;
   const Epochs* known = nullptr;
-  if (write.cta == thread.cta->index) {
-    known = &thread.clock.own;
-  } else if (write.cta < thread.clock.others.size()) {
-    known = thread.clock.others[write.cta].get();
+  if (write.cta == cta.index) {
+    known = &clock.own;
+  } else if (write.cta < clock.others.size()) {
+    known = clock.others[write.cta].get();
   }
-  return known != nullptr && covers(*known, access);
+  return known != nullptr && access.agent < known->size() && covers(*known, access);
 }
+
+bool knows_of(const Thread& thread, const GlobalWrite& write) { return knows_of(*thread.cta, thread.clock, write); }
 
 void global_race(const char* what, const Region& region, uintptr_t offset, const GlobalWrite& write) {
   const std::string where = region.name + " + " + std::to_string(offset);
@@ -202,6 +205,17 @@ void thread_reads_global(Thread& thread, const Region& region, uintptr_t offset,
       fail("reads %s + %zu, which nobody has written in this launch", region.name.c_str(), offset + 4 * i);
     }
     if (!knows_of(thread, words[i])) global_race("reads", region, offset + 4 * i, words[i]);
+  }
+}
+
+void copy_reads_global(Thread& thread, const Region& region, uintptr_t offset, uint32_t bytes) {
+  thread_reads_global(thread, region, offset, bytes);
+  const GlobalWrite* words = global_words(region, offset);
+  for (uint32_t i = 0; i < (bytes + 3) / 4; ++i) {
+    if (!knows_of(*thread.cta, thread.announced, words[i])) {
+      fail("a copy reads %s + %zu, written at %s:%d, without a proxy fence for global memory since", region.name.c_str(),
+           offset + 4 * i, file_name(places[words[i].access.place]), places[words[i].access.place].line);
+    }
   }
 }
 

@@ -31,6 +31,8 @@ void copy_writes(Thread& issuer, const Copy& copy);
 // Accesses to global memory that can be written.
 void thread_reads_global(Thread& thread, const Region& region, uintptr_t offset, uint32_t bytes);
 void thread_writes_global(Thread& thread, const Region& region, uintptr_t offset, uint32_t bytes);
+// The source of a copy that the thread asks for.
+void copy_reads_global(Thread& thread, const Region& region, uintptr_t offset, uint32_t bytes);
 
 // Two writes of the same value do no harm (CTAs beyond the last whole group store empty items once more): whether the
 // thread's last writes over those of others, nothing between them, changed a word.
