@@ -83,8 +83,8 @@ struct RowTiles {
 };
 
 // With 16 rows a CTA, more CTAs share the work, and what each leaves to be merged is a quarter as large; but each of them
-// goes through the tiles that one could have taken with 64 rows. So it pays while none has many (NOTES_hopper.md), or an
-// item of its own to begin with; two CTAs that share a 16-bit cache's tiles keep up with memory.
+// goes through the tiles that one could have taken with 64 rows. So it pays while none has many tiles or several items
+// (NOTES_hopper.md). Two CTAs that share a 16-bit cache's tiles keep up with memory, however many.
 RowTiles row_tiles(const mla_decode_params& p, int ctas) {
   const int rows = p.s_q * p.h_q;
   const int narrow = ceil_div(rows, kNarrowRows);
