@@ -195,6 +195,16 @@ PROBES = {
     "registers_that_nobody_gives_back": "deadlock.*\n.*setmaxnreg at probes.cu",
     "growing_to_fewer": "growing to 64 registers, the threads have 168",
     "warpgroup_in_parts": "are one warpgroup, but executed setmaxnreg differently",
+    "past_the_cluster": "CTA 2 of a cluster of 2",
+    "cluster_barrier_twice": "arrives once more before it has waited",
+    "cluster_barrier_not_arrived_at": "waits without having arrived",
+    "sending": "^$",
+    "sent_before_the_barrier_is_there": "thread 0 has initialised|is no initialised mbarrier|has ended",
+    "sent_twice": "a race: writes shared address",
+    "read_before_it_is_sent": "a race: (reads|writes) shared address|the CTA ends while a copy|has ended",
+    "waited_for_in_the_cta": "waits in the CTA's scope for",
+    "receiver_has_left": "has ended|the CTA ends while a copy",
+    "sent_with_another_barrier": "is of another CTA than what is stored",
     "product": "^$",
     "product_without_fence": "since the last wgmma.fence",
     "product_without_proxy_fence": "without fence.proxy.async since",
@@ -248,7 +258,9 @@ def test_what_copying_parts_without_a_proxy_fence_is_called(emulated: Path) -> N
 # Synchronisations that may be left out, by file and the line before: why nothing goes wrong.
 NOT_NEEDED = {
     ("merge.cuh", "// The last to finish leaves the counters"): "a second merge begins with the same barrier",
+    ("merge.cuh", "if (members > 1) {"): "several members have one turn each, and nobody reads before it",
     ("narrow.cuh", "Operands::load(params, map, ring"): "the next shuffle gathers the warp too",
+    ("narrow_cluster.cuh", "const int lane = thread_ & 31;"): "the schedule has just gathered it",
     ("ring_kernel.cuh", "RingMerge<T, L> merge_many"): "a merge begins with the same barrier",
     ("ring_scores.cuh", "add_pair<3>();"): "a group of its own, so that scored() can be said early",
     ("ring_scores.cuh", "wgmma_commit();"): "the same",
@@ -264,6 +276,12 @@ BROKEN_CASES = [
     for heads, s_q, kv in ((12, 1, BF16), (12, 1, FP8), (64, 1, FP8), (64, 1, BF16), (48, 4, BF16))
     for lengths, multiprocessors in (((130, 50, 64, 10, 70, 1), 2), ((200, 30, 30, 20, 300, 1), 3))
 ] + [(case((1030,), 1, 64, BF16, BF16), 34)]
+# Clusters: an item for several, and one with two items.
+BROKEN_CASES += [
+    (case(lengths, 1, 12, BF16, kv), multiprocessors)
+    for kv in (BF16, FP8)
+    for lengths, multiprocessors in (((700,), 5), ((1800, 64), 16))
+]
 
 
 def test_every_missing_synchronisation_is_found(emulated: Path) -> None:

@@ -18,6 +18,8 @@ namespace {
 using namespace mla_hopper;
 
 constexpr int kDefaultCtas = 132;
+constexpr int kDevices = 64;    // about which things are remembered
+constexpr int kMostCluster = 8;  // CTAs; more would not run everywhere
 constexpr uint64_t kCounterBytes = 2 * kMaxCtas * sizeof(uint32_t);
 
 class Failure {
@@ -47,7 +49,6 @@ struct Device {
 
 // The current device; attributes are asked once for each device.
 Device current_device() {
-  constexpr int kDevices = 64;
   static Device known[kDevices];
   Device device;
   device.error = cudaGetDevice(&device.index);
@@ -256,6 +257,7 @@ struct Variant {
   void (*function)(const Params, const CUtensorMap, const CUtensorMap);
   int threads, shared_bytes;
   int copied_tokens;  // of one bulk tensor copy from a 16-bit cache
+  int cluster = 1;    // CTAs
 };
 
 template <typename T, typename L, bool kMany>
@@ -267,35 +269,105 @@ Variant ring(bool many_parts) {
   return many_parts ? ring<T, RingLayout, true>() : ring<T, RingLayout, false>();
 }
 
+template <typename Operands, int kCtas>
+Variant narrow_cluster() {
+  using L = NarrowLayout<Operands::kStepBytes, kCtas>;
+  return {mla_decode_narrow_kernel<Operands, kCtas>, L::kThreads, L::kRequest, Operands::kStepTokens, kCtas};
+}
+
 template <typename Operands>
-Variant narrow() {
-  return {mla_decode_narrow_kernel<Operands>, Operands::L::kThreads, Operands::L::kRequest, Operands::kStepTokens};
-}
-
-Variant choose(int32_t q_dtype, bool fp8, bool few_rows, bool many_parts) {
-  if (fp8) return few_rows ? narrow<NarrowFp8>() : ring<__nv_bfloat16, RingFp8Layout, false>();
-  if (q_dtype == MLA_DTYPE_BFLOAT16) {
-    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>() : ring<__nv_bfloat16>(many_parts);
+Variant narrow(int cluster) {
+  switch (cluster) {
+    case 2: return narrow_cluster<Operands, 2>();
+    case 4: return narrow_cluster<Operands, 4>();
+    case 8: return narrow_cluster<Operands, 8>();
+    default: return narrow_cluster<Operands, 1>();
   }
-  return few_rows ? narrow<Narrow16bit<__half>>() : ring<__half>(many_parts);
 }
 
-Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, int ctas) {
+Variant choose(int32_t q_dtype, bool fp8, bool few_rows, int cluster, bool many_parts) {
+  if (fp8) return few_rows ? narrow<NarrowFp8>(cluster) : ring<__nv_bfloat16, RingFp8Layout, false>();
+  if (q_dtype == MLA_DTYPE_BFLOAT16) {
+    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>(cluster) : ring<__nv_bfloat16>(many_parts);
+  }
+  return few_rows ? narrow<Narrow16bit<__half>>(cluster) : ring<__half>(many_parts);
+}
+
+// CTAs that share an item's tiles and merge through each other's shared memory, and how many such clusters fit on the
+// device at once: fewer than multiprocessors would make, whose groups have different sizes.
+struct Clusters {
+  int size, count;
+};
+
+template <int kCtas>
+int count_clusters() {
+  using L = NarrowLayout<Narrow16bit<__half>::kStepBytes, kCtas>;
+  const auto kernel = mla_decode_narrow_kernel<Narrow16bit<__half>, kCtas>;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kCtas, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kCtas);
+  config.blockDim = dim3(L::kThreads);
+  config.dynamicSmemBytes = L::kRequest;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kRequest);
+  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+// The same, asked once for each device.
+int clusters_at_once(const Device& device, int size) {
+  static int known[kDevices][kMostCluster + 1];  // 1 more than the number, 0: not asked yet
+  if (device.index >= kDevices) return 0;
+  int& count = known[device.index][size];
+  if (count == 0) count = 1 + (size == 8 ? count_clusters<8>() : size == 4 ? count_clusters<4>() : count_clusters<2>());
+  return count - 1;
+}
+
+// The fewest tiles of an item that are worth a second cluster.
+int least_tiles(int cluster) { return cluster == 1 ? 1 : (cluster == 2 ? 8 : 16); }
+
+// The largest clusters of which each item's rows get one, or several. Clusters merge sooner, but leave multiprocessors idle
+// and have fewer tiles on their way to each, so that they pay (NOTES_hopper.md) when one takes an item as a whole, or when
+// those of 8 are evenly shared and no CTA has many tiles.
+Clusters choose_clusters(const mla_decode_params& p, const RowTiles& tiles, const Device& device) {
+  const Clusters none = {1, device.ctas};
+  if (tiles.rows != kNarrowRows) return none;
+  for (int size = tuned("MLA_HOPPER_CLUSTER", kMostCluster); size > 1; size /= 2) {
+    const Clusters clusters = {size, clusters_at_once(device, size)};
+    const int groups = clusters.count / tiles.count;
+    const int each = groups / p.batch;
+    if (each == 0) continue;
+    const int most = p.max_blocks_per_seq - 1;  // pages of an item: callers' tables have a column to spare
+    const bool whole = most <= least_tiles(size) && (size > 2 || each == 1 || tiles.count == 1);
+    const bool even = size == 8 && 10 * each * p.batch >= 9 * groups && most <= 5 * size * each;
+    return whole || even ? clusters : none;
+  }
+  return none;
+}
+
+Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, const Clusters& clusters, int ctas) {
   Params k = {};
   k.batch = p.batch;
   k.s_q = p.s_q;
   k.h_q = p.h_q;
   k.rows = p.s_q * p.h_q;
   k.m_tiles = tiles.count;
-  k.groups = ctas / k.m_tiles;
+  k.groups = clusters.count / k.m_tiles;
   k.row_groups = tiles.groups;
   k.most_parts = tuned("MLA_HOPPER_MOST_PARTS", k.row_groups == 1 ? 96 : (k.row_groups == 2 ? 48 : 24));
-  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
+  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", least_tiles(clusters.size));
   k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 8);
   // Half of the multiprocessors keep up with memory where a tile is read once, if it need not be unpacked.
   const bool ring = tiles.rows == kTileRows && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA;
   k.half_below = tuned("MLA_HOPPER_HALF_BELOW", ring && k.m_tiles == 1 ? 1536 : 0);
-  k.whole_below = tuned("MLA_HOPPER_WHOLE_BELOW", ring ? (k.m_tiles == 1 ? 64 : 8) : (k.m_tiles == 1 ? 16 : 0));
+  k.whole_below = tuned("MLA_HOPPER_WHOLE_BELOW", ring ? (k.m_tiles == 1 ? 64 : 8) : (k.m_tiles == 1 && clusters.size == 1 ? 16 : 0));
   k.causal = p.causal;
   k.max_length = static_cast<int>(std::min<int64_t>(int64_t(p.max_blocks_per_seq) * kTileTokens, 1 << 30));
   k.negative = p.softmax_scale < 0.f;
@@ -354,14 +426,15 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   if (status == MLA_OK) status = check_tables(p, fail);
   if (status != MLA_OK) return status;
   const RowTiles tiles = row_tiles(p, device.ctas);
-  const Params kernel = kernel_params(p, tiles, device.ctas);
+  const Clusters clusters = choose_clusters(p, tiles, device);
+  const Params kernel = kernel_params(p, tiles, clusters, device.ctas);
   CUtensorMap query_map, cache_map = {};
   status = make_map(&query_map, "q", p.q_dtype, p.q, kernel.rows, p.h_q > 1 ? p.q_stride_head : p.q_stride_seq, p.batch,
                     p.q_stride_batch, kernel.row_groups * 16, fail);
   if (status != MLA_OK) return status;
   const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
   const bool many_parts = p.batch * kManyParts <= kernel.groups;
-  const Variant variant = choose(p.q_dtype, fp8, tiles.rows == kNarrowRows, many_parts);
+  const Variant variant = choose(p.q_dtype, fp8, tiles.rows == kNarrowRows, clusters.size, many_parts);
   if (!fp8) {
     status = make_map(&cache_map, "kv_cache", p.kv_dtype, p.kv_cache, kTileTokens, p.kv_stride_token, p.num_blocks,
                       p.kv_stride_block, variant.copied_tokens, fail);
@@ -371,10 +444,17 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   cudaError_t result = cudaFuncSetAttribute(reinterpret_cast<const void*>(variant.function),
                                             cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  if (variant.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = variant.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  const int ctas = variant.cluster > 1 ? kernel.groups * kernel.m_tiles * variant.cluster : device.ctas;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(device.ctas);
+  config.gridDim = dim3(ctas);
   config.blockDim = dim3(variant.threads);
   config.dynamicSmemBytes = variant.shared_bytes;
   config.stream = static_cast<cudaStream_t>(p.stream);
@@ -383,7 +463,7 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   if (result == cudaSuccess) result = cudaLaunchKernelEx(&config, variant.function, kernel, query_map, cache_map);
   if (result != cudaSuccess) {
     cudaGetLastError();
-    return fail(MLA_ERROR_RUNTIME, "launch of %d CTAs with %d bytes of shared memory each failed: %s", device.ctas,
+    return fail(MLA_ERROR_RUNTIME, "launch of %d CTAs with %d bytes of shared memory each failed: %s", ctas,
                 variant.shared_bytes, cudaGetErrorString(result));
   }
   return MLA_OK;

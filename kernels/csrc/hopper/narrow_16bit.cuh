@@ -69,13 +69,14 @@ struct Narrow16bit {
 
   __device__ __forceinline__ uint32_t weights(float x, float y, int) const { return pack(x, y, T()); }
 
-  // o += weights x values: o[q][i] has latents 64 q + 8 i + 2 c and the next, rows g and g + 8.
+  // o += weights x values: o[q][i] has latents 64 (q ^ half) + 8 i + 2 c and the next, rows g and g + 8.
   __device__ __forceinline__ void values(float (&o)[2][8][4], const uint32_t (&weight)[kStepTokens / 16][4], uint32_t slabs,
-                                         int block, int lane, int used) const {
+                                         int block, int half, int lane, int used) const {
     if (used < kStepTokens) clear(slabs, block, lane, used);
     // Lane i gives row i % 8 of matrix i / 8: tokens + 8 for matrices 1 and 3, latents + 8 for 2 and 3.
     const int token = (lane & 7) + (lane / 8 & 1) * 8;
-    const uint32_t address = slabs + 2 * block * kStepSlabBytes + token * 128;
+    const uint32_t address = slabs + token * 128;
+    const uint32_t halves[2] = {address + (2 * block + half) * kStepSlabBytes, address + (2 * block + 1 - half) * kStepSlabBytes};
     const int unit = lane / 16;
 #pragma unroll
     for (int k = 0; k < kStepTokens / 16; ++k) {
@@ -84,7 +85,7 @@ struct Narrow16bit {
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
           uint32_t b[4];
-          load_transposed(b, address + q * kStepSlabBytes + k * 2048 + (((i + unit) ^ (lane & 7)) << 4));
+          load_transposed(b, halves[q] + k * 2048 + (((i + unit) ^ (lane & 7)) << 4));
           mma(o[q][i], weight[k], b[0], b[1], T());
           mma(o[q][i + 1], weight[k], b[2], b[3], T());
         }
@@ -93,6 +94,13 @@ struct Narrow16bit {
   }
 
   using Order = ChunkOrder;
+
+  // Finished latents 8 unit + 2 c and the next, rows g and g + 8, to the caller's output.
+  static __device__ __forceinline__ void store_unit(const RowPair<T>& rows, int unit, int lane, const float4& value) {
+    const int column = 8 * unit + 2 * (lane & 3);
+    if (rows.row[0] != nullptr) *reinterpret_cast<uint32_t*>(rows.row[0] + column) = pack(value.x, value.y, T());
+    if (rows.row[1] != nullptr) *reinterpret_cast<uint32_t*>(rows.row[1] + column) = pack(value.z, value.w, T());
+  }
 
   // 64 finished latents from `column` on to the caller's output, rows times scale[0] and scale[1].
   static __device__ __forceinline__ void store(const RowPair<T>& rows, int column, int lane, const float (&o)[8][4],

@@ -122,17 +122,18 @@ struct NarrowFp8 {
     return pack(x * scale[j][0], y * scale[j][1], T());
   }
 
-  // o += weights x values: o[q][i] has latents 64 q + 16 c + i and that plus 8, rows g and g + 8.
+  // o += weights x values: o[q][i] has latents 64 (q ^ half) + 16 c + i and that plus 8, rows g and g + 8.
   __device__ __forceinline__ void values(float (&o)[2][8][4], const uint32_t (&weight)[kStepTokens / 16][4], uint32_t raw,
-                                         int block, int lane, int) const {
-    const uint32_t codes = raw + 2 * (lane & 3) * kTokenBytesFp8 + block * 128 + lane / 4 * 8;
+                                         int block, int half, int lane, int) const {
+    const uint32_t codes = raw + 2 * (lane & 3) * kTokenBytesFp8 + block * 128 + 64 * half + lane / 4 * 8;
+    const uint32_t halves[2] = {codes, codes + 64 - 128 * half};
 #pragma unroll
     for (int k = 0; k < kStepTokens / 16; ++k) {
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
         uint32_t v[4][2];  // 8 latents of tokens 2 c, 2 c + 1, 2 c + 8, 2 c + 9
 #pragma unroll
-        for (int e = 0; e < 4; ++e) load_shared(v[e], codes + (16 * k + (e & 1) + 8 * (e / 2)) * kTokenBytesFp8 + 64 * q);
+        for (int e = 0; e < 4; ++e) load_shared(v[e], halves[q] + (16 * k + (e & 1) + 8 * (e / 2)) * kTokenBytesFp8);
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
           add_latent<0>(o[q][4 * word], weight[k], v, word);
@@ -160,6 +161,21 @@ struct NarrowFp8 {
       }
     }
   };
+
+  // Two finished latents of rows g and g + 8: number unit % 8 of a lane's 16, and the eighth after it. Lanes i and i + 16
+  // have neighbouring units, and trade, so that each stores a pair.
+  static __device__ __forceinline__ void store_unit(const RowPair<T>& rows, int unit, int lane, const float4& value) {
+    const bool odd = unit & 1;
+    const int column = unit / 8 * 64 + 16 * (lane & 3) + (unit & 6) + 8 * odd;
+    const float first = __shfl_xor_sync(0xFFFFFFFFu, odd ? value.x : value.y, 16);
+    const float second = __shfl_xor_sync(0xFFFFFFFFu, odd ? value.z : value.w, 16);
+    if (rows.row[0] != nullptr) {
+      *reinterpret_cast<uint32_t*>(rows.row[0] + column) = odd ? pack(first, value.y, T()) : pack(value.x, first, T());
+    }
+    if (rows.row[1] != nullptr) {
+      *reinterpret_cast<uint32_t*>(rows.row[1] + column) = odd ? pack(second, value.w, T()) : pack(value.z, second, T());
+    }
+  }
 
   // 64 finished latents from `column` on to the caller's output, rows times scale[0] and scale[1].
   static __device__ __forceinline__ void store(const RowPair<T>& rows, int column, int lane, const float (&o)[8][4],

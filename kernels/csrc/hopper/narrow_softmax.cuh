@@ -44,7 +44,7 @@ struct RowPairSoftmax {
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
       largest = fmaxf(maximum[i], largest * scale_log2);
       const float reference = largest == -INFINITY ? 0.f : largest;
-      alpha[i] = exp2_approximate(maximum[i] - reference);
+      alpha[i] = maximum[i] == -INFINITY ? 1.f : exp2_approximate(maximum[i] - reference);  // nothing to shrink yet
       maximum[i] = largest;
       float partial = 0.f;
 #pragma unroll

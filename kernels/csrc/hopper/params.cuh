@@ -57,11 +57,12 @@ struct Params {
 };
 
 #ifdef MLA_HOPPER_TRACE
-#define MLA_TRACE(i) \
-  if (threadIdx.x == 0 || threadIdx.x == 128 || threadIdx.x == 384) params.trace[blockIdx.x * 32 + (i)] = clock64()
+#define MLA_TRACE_IN(params, i) \
+  if (threadIdx.x == 0 || threadIdx.x == 384) (params).trace[blockIdx.x * 32 + (i)] = clock64()
 #else
-#define MLA_TRACE(i)
+#define MLA_TRACE_IN(params, i)
 #endif
+#define MLA_TRACE(i) MLA_TRACE_IN(params, i)
 
 }  // namespace mla_hopper
 

@@ -4,6 +4,7 @@
 #define MLA_HOPPER_PTX_CUH_
 
 #include <cuda.h>
+#include <cuda_runtime.h>
 #include <stdint.h>
 
 namespace mla_hopper {
@@ -140,6 +141,66 @@ __device__ __forceinline__ void add_release(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
 }
 
+// Adds 1 and says what was there before; orders what the thread knows before it, and what others knew who added earlier
+// before what follows.
+__device__ __forceinline__ uint32_t add_ordered(uint32_t* address) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(address) : "memory");
+  return before;
+}
+
+// Clusters: this CTA's number in its own; a barrier of all their threads, in two halves, each by whole warps. It orders no
+// memory but what mbarrier_init_fence() has before it: a release would wait some 1,200 cycles.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
+
+// What lies at a shared address of this CTA, in the CTA of that rank.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// Stores to such an address, as asynchronous as a copy: the bytes complete on a barrier of the same CTA.
+__device__ __forceinline__ void store_cluster(uint32_t address, const float4& v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(
+                   address),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void store_cluster(uint32_t address, const float2& v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n" ::"r"(address),
+               "f"(v.x), "f"(v.y), "r"(barrier)
+               : "memory");
+}
+// Arrives at a barrier of any CTA of the cluster (its cluster_address), and waits for one that others arrive at.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+#ifdef MLA_HOPPER_SPIN_LIMIT
+  for (int tries = 0; tries < MLA_HOPPER_SPIN_LIMIT && !done; ++tries) {
+#else
+  while (!done) {
+#endif
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+#ifdef MLA_HOPPER_SPIN_LIMIT
+  if (!done) asm volatile("trap;\n");
+#endif
+}
+
 // threadIdx.x % 32, read anew: what is computed from it is not kept in registers through a loop.
 __device__ __forceinline__ int lane_index() {
   int index;
@@ -174,6 +235,17 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[2], uint32_t address) 
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
 }
 
+__device__ __forceinline__ float4 load_shared4(uint32_t address) {
+  uint32_t v[4];
+  load_shared(v, address);
+  return make_float4(__uint_as_float(v[0]), __uint_as_float(v[1]), __uint_as_float(v[2]), __uint_as_float(v[3]));
+}
+__device__ __forceinline__ float2 load_shared2(uint32_t address) {
+  uint32_t v[2];
+  load_shared(v, address);
+  return make_float2(__uint_as_float(v[0]), __uint_as_float(v[1]));
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
 }
@@ -206,6 +278,12 @@ __device__ __forceinline__ void grow_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ float exp2_approximate(float x) {

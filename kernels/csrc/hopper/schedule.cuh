@@ -1,13 +1,14 @@
 // Who computes what, from the lengths, inside the kernel.
 //
 // The cache of the whole batch is one line of 64-token tiles, item after item. The line is cut into equal pieces, one
-// for each group of `m_tiles` CTAs (one CTA for each 64 query rows, so that CTAs sharing cache tiles run side by side
-// and meet in L2). An item that a cut goes through is computed in parts and merged afterwards (merge.cuh). Where it costs
+// for each group of `m_tiles` CTAs or clusters (one for each 16 or 64 query rows, so that those sharing cache tiles run
+// side by side and meet in L2). An item that a cut goes through is computed in parts and merged afterwards (merge.cuh). Where it costs
 // little, the pieces are made a bit longer so that cuts and items' ends coincide.
 #ifndef MLA_HOPPER_SCHEDULE_CUH_
 #define MLA_HOPPER_SCHEDULE_CUH_
 
 #include "params.cuh"
+#include "ptx.cuh"
 
 namespace mla_hopper {
 
@@ -26,13 +27,56 @@ struct Work {
   int parts;       // groups that work on the item
 };
 
+// Where a CTA stands: its group, and which of the group's query rows it has, alone or with the others of its cluster.
+struct Seat {
+  int group, m_tile;
+};
+
+// What a CTA of a group does of the group's work when they share its tiles (clusters): at most one tile more than others.
+template <int kCtas>
+__device__ __forceinline__ void take_share(Work& work) {
+  if (kCtas == 1) return;
+  const int rank = cluster_rank();
+  const int tiles = work.last - work.first;
+  work.last = work.first + tiles * (rank + 1) / kCtas;
+  work.first += tiles * rank / kCtas;
+}
+
+// Quotients of numbers that are not negative by one divisor, without an integer division's hundred instructions each. The
+// product is off by less than 1 while quotients are less than 2^20.
+class Divisor {
+ public:
+  __device__ __forceinline__ explicit Divisor(int value)
+      : value_(value), reciprocal_(reciprocal_approximate(static_cast<float>(value))) {}
+  __device__ __forceinline__ int floor(int x) const {
+    const int quotient = static_cast<int>(static_cast<float>(x) * reciprocal_);
+    const int rest = x - quotient * value_;
+    return quotient + (rest >= value_) - (rest < 0);
+  }
+  __device__ __forceinline__ int ceil(int x) const { return floor(x + value_ - 1); }
+
+ private:
+  int value_;
+  float reciprocal_;
+};
+
 // Every warp of a CTA walks its own copy; all members are uniform over the warp except `lane_length`.
 class Schedule {
  public:
-  __device__ __forceinline__ Schedule(const Params& params, int group, int lane) : params_(params), lane_(lane) {
-    int total = 0, longest = 0, shortest = 1 << 30;
-#pragma unroll 4
-    for (int i = lane; i < params.batch; i += 32) {
+  // The length that the constructor needs first: asked for early, memory answers while other things are made ready.
+  static __device__ __forceinline__ int first_length(const Params& params, int lane) {
+    return lane < params.batch ? params.lengths[lane] : 0;
+  }
+
+  __device__ __forceinline__ Schedule(const Params& params, int group, int lane)
+      : Schedule(params, group, lane, first_length(params, lane)) {}
+
+  __device__ __forceinline__ Schedule(const Params& params, int group, int lane, int first_length)
+      : params_(params), lane_(lane), lane_length_(clamped(first_length)) {
+    int total = tile_count(lane_length_);
+    int longest = total, shortest = lane < params.batch ? total : 1 << 30;
+#pragma unroll 1
+    for (int i = lane + 32; i < params.batch; i += 32) {
       const int tiles = tile_count(item_length(i));
       total += tiles;
       longest = max(longest, tiles);
@@ -52,43 +96,24 @@ class Schedule {
       const bool in_two = 3 * params.batch > groups && longest * params.batch <= total + total / 4;
       if (total <= params.half_below || (in_two && longest <= params.whole_below)) groups /= 2;
     }
-    per_group_ = max((total + groups - 1) / groups, least);
+    const Divisor all_groups(groups);
+    per_group_ = max(all_groups.ceil(total), least);
     if (params.batch <= groups) {
       // Enough groups to start every item at a group of its own: no CTA then has two parts to load, store and merge.
-      const int own = max((longest + groups / params.batch - 1) / (groups / params.batch), least);
+      const Divisor share(Divisor(params.batch).floor(groups));
+      const int own = max(share.ceil(longest), least);
       // A few CTAs without work cost nothing while memory is the limit.
       aligned_ = own <= per_group_ + max(own >= longest ? params.split_cost : 1, per_group_ / 32);
       if (aligned_) per_group_ = own;
     } else if (shortest == longest) {
-      const int whole = longest * ((params.batch + groups - 1) / groups);
+      const int whole = longest * all_groups.ceil(params.batch);
       if (whole <= per_group_ + params.split_cost) per_group_ = whole;
     }
     position_ = group * per_group_;
     end_ = position_ + per_group_;
     if (!aligned_) end_ = min(end_, total);
-    int before = 0;  // tiles of the items before this chunk of 32
     item_ = -1;
-    if (position_ < end_) {
-      for (int chunk = 0; chunk < params.batch; chunk += 32) {
-        load_chunk(chunk);
-        int mine = tile_count(lane_length_);
-        if (aligned_) mine = (mine + per_group_ - 1) / per_group_ * per_group_;
-        int inclusive = mine;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-          const int other = __shfl_up_sync(kAllLanes, inclusive, offset);
-          if (lane >= offset) inclusive += other;
-        }
-        const unsigned reached = __ballot_sync(kAllLanes, before + inclusive > position_);
-        if (reached != 0) {
-          const int found = __ffs(reached) - 1;
-          item_ = chunk + found;
-          item_start_ = before + __shfl_sync(kAllLanes, inclusive - mine, found);
-          break;
-        }
-        before += __shfl_sync(kAllLanes, inclusive, 31);
-      }
-    }
+    if (position_ < end_) find_item();
     if (item_ < 0) end_ = position_;
   }
 
@@ -102,8 +127,9 @@ class Schedule {
     work.tiles = tile_count(length);
     work.first = position_ - item_start_;
     work.last = min(work.tiles, end_ - item_start_);
-    work.head_group = item_start_ / per_group_;
-    work.parts = (item_start_ + work.tiles - 1) / per_group_ - work.head_group + 1;
+    const Divisor per_group(per_group_);
+    work.head_group = per_group.floor(item_start_);
+    work.parts = per_group.floor(item_start_ + work.tiles - 1) - work.head_group + 1;
     position_ = aligned_ ? end_ : item_start_ + work.last;
     if (work.last == work.tiles) {
       item_start_ += work.tiles;
@@ -113,7 +139,7 @@ class Schedule {
   }
 
   __device__ __forceinline__ int item_length(int item) const {
-    return max(0, min(params_.lengths[item], params_.max_length));
+    return clamped(params_.lengths[item]);
   }
 
   // Tiles that one CTA alone reads, once, need no place in L2. When there are many, memory was faster without the hint.
@@ -124,11 +150,38 @@ class Schedule {
   bool has_empty_items;
 
  private:
+  __device__ __forceinline__ int clamped(int length) const { return max(0, min(length, params_.max_length)); }
   static __device__ __forceinline__ int tile_count(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
   __device__ __forceinline__ void load_chunk(int chunk) {
     chunk_ = chunk;
     lane_length_ = chunk + lane_ < params_.batch ? item_length(chunk + lane_) : 0;
+  }
+
+  // The item that position_ lies in.
+  __device__ __forceinline__ void find_item() {
+    const Divisor per_group(per_group_);
+    int before = 0;  // tiles of the items before this chunk of 32
+#pragma unroll 1
+    for (int chunk = 0; chunk < params_.batch; chunk += 32) {
+      if (chunk > 0) load_chunk(chunk);
+      int mine = tile_count(lane_length_);
+      if (aligned_) mine = per_group.ceil(mine) * per_group_;
+      int inclusive = mine;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, inclusive, offset);
+        if (lane_ >= offset) inclusive += other;
+      }
+      const unsigned reached = __ballot_sync(kAllLanes, before + inclusive > position_);
+      if (reached != 0) {
+        const int found = __ffs(reached) - 1;
+        item_ = chunk + found;
+        item_start_ = before + __shfl_sync(kAllLanes, inclusive - mine, found);
+        return;
+      }
+      before += __shfl_sync(kAllLanes, inclusive, 31);
+    }
   }
 
   __device__ __forceinline__ int length_of(int item) {
@@ -138,7 +191,7 @@ class Schedule {
 
   const Params& params_;
   int lane_;
-  int lane_length_ = 0;  // length of item chunk_ + lane
+  int lane_length_;  // length of item chunk_ + lane
   int chunk_ = 0;
   bool aligned_ = false;
   int total_;

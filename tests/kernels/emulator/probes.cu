@@ -158,6 +158,55 @@ __global__ void growing_to_fewer(Probe) {
 __global__ void warpgroup_in_parts(Probe) {
   if (begin().warp != 2) shrink_registers<64>();
 }
+__global__ void past_the_cluster(Probe) { cluster_address(begin().address, 2); }
+__global__ void cluster_barrier_twice(Probe) {
+  begin();
+  cluster_arrive();
+  cluster_arrive();
+}
+__global__ void cluster_barrier_not_arrived_at(Probe) {
+  begin();
+  cluster_wait();
+}
+
+// CTA 1 sends CTA 0 1 KB, for which that waits.
+struct Mistakes {
+  bool early = false, twice = false, unread = false, cta_scope = false, leaves = false, other_barrier = false;
+};
+__device__ void send(Mistakes mistakes) {
+  const Cta cta = begin();
+  const uint32_t barrier = cta.address + 16384;
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+    mbarrier_expect(barrier, mistakes.twice ? 2048 : 1024);
+  }
+  if (!mistakes.early) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  if (threadIdx.x < (mistakes.twice ? 2u : 1u) && cluster_rank() == 1) {
+    const uint32_t sent = cluster_address(barrier, mistakes.other_barrier ? 1 : 0);
+    const uint32_t there = cluster_address(cta.address, 0);
+    for (int i = 0; i < 64; ++i) store_cluster(there + 16 * i, make_float4(1, 2, 3, 4), sent);
+  }
+  if (cluster_rank() == 0 && !mistakes.leaves) {
+    if (mistakes.cta_scope) {
+      mbarrier_wait(barrier, 0);
+    } else if (!mistakes.unread) {
+      mbarrier_wait_cluster(barrier, 0);
+    }
+    load_shared4(cta.address);
+  }
+}
+__global__ void sending(Probe) { send({}); }
+__global__ void sent_before_the_barrier_is_there(Probe) { send({.early = true}); }
+__global__ void sent_twice(Probe) { send({.twice = true}); }
+__global__ void read_before_it_is_sent(Probe) { send({.unread = true}); }
+__global__ void waited_for_in_the_cta(Probe) { send({.cta_scope = true}); }
+__global__ void receiver_has_left(Probe) { send({.leaves = true}); }
+__global__ void sent_with_another_barrier(Probe) { send({.other_barrier = true}); }
+
 template <bool kFence, bool kProxyFence, bool kWait>
 __global__ void product(Probe probe) {
   const Cta cta = begin();
@@ -207,6 +256,16 @@ const Entry kProbes[] = {
     ENTRY(registers_that_nobody_gives_back),
     ENTRY(growing_to_fewer),
     ENTRY(warpgroup_in_parts),
+    ENTRY(past_the_cluster),
+    ENTRY(cluster_barrier_twice),
+    ENTRY(cluster_barrier_not_arrived_at),
+    ENTRY(sending),
+    ENTRY(sent_before_the_barrier_is_there),
+    ENTRY(sent_twice),
+    ENTRY(read_before_it_is_sent),
+    ENTRY(waited_for_in_the_cta),
+    ENTRY(receiver_has_left),
+    ENTRY(sent_with_another_barrier),
     {"product", product<true, true, true>},
     {"product_without_fence", product<false, true, true>},
     {"product_without_proxy_fence", product<true, false, true>},
@@ -216,13 +275,13 @@ const Entry kProbes[] = {
 }  // namespace
 }  // namespace mla_hopper
 
-// Runs the probe of this name on two CTAs; what went wrong, or nothing.
+// Runs the probe of this name on a cluster of two CTAs; what went wrong, or nothing.
 extern "C" const char* probe(const char* name, uint32_t* data, const char* bytes) {
   for (const auto& entry : mla_hopper::kProbes) {
     if (strcmp(entry.name, name) != 0) continue;
     cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {2, 1, 1};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(2);
     config.blockDim = dim3(mla_hopper::kThreads);

@@ -100,7 +100,7 @@ T __ldcg(const T* pointer) {
   return *pointer;
 }
 inline uint32_t atomicAdd(uint32_t* address, uint32_t value, emulator::Place place = emulator::Place::here()) {
-  return emulator::atomic_add(address, value, false, place);
+  return emulator::atomic_add(address, value, false, false, place);
 }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float __log2f(float x) { return log2f(x); }

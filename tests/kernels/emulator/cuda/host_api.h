@@ -13,13 +13,14 @@ enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 enum { cudaEnableDefault };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int cooperative;
+    dim3 clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -49,7 +50,13 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
   *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
+  *count = emulator::multiprocessors() / config->attrs->val.clusterDim.x;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -76,13 +83,17 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  const bool cooperative = config->numAttrs == 1 && config->attrs->id == cudaLaunchAttributeCooperative &&
-                           config->attrs->val.cooperative;
-  if (!cooperative || config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) {
-    return cudaErrorInvalidValue;
+  if (config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) return cudaErrorInvalidValue;
+  emulator::Launch launch = {reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
+                             static_cast<unsigned>(config->dynamicSmemBytes), 1, false};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative) {
+      launch.cooperative = attribute.val.cooperative;
+    } else {
+      launch.cluster = attribute.val.clusterDim.x;
+    }
   }
-  const emulator::Launch launch = {reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
-                                   static_cast<unsigned>(config->dynamicSmemBytes)};
   const auto body = [&] { kernel(arguments...); };
   const auto call = [](const void* context) { (*static_cast<decltype(&body)>(context))(); };
   return emulator::run_grid(launch, call, &body) ? cudaSuccess : cudaErrorLaunchFailure;

@@ -25,7 +25,7 @@ inline void mbarrier_expect(uint32_t barrier, uint32_t bytes, Place place = Plac
   emulator::mbarrier_arrive(barrier, bytes, place);
 }
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity, Place place = Place::here()) {
-  emulator::mbarrier_wait(barrier, parity, place);
+  emulator::mbarrier_wait(barrier, parity, false, place);
 }
 inline bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place = Place::here()) {
   return emulator::mbarrier_test(barrier, parity, place);
@@ -69,7 +69,27 @@ inline uint32_t load_acquire(const uint32_t* address, Place place = Place::here(
   return emulator::load_acquire(address, place);
 }
 inline void add_release(uint32_t* address, uint32_t value, Place place = Place::here()) {
-  emulator::atomic_add(address, value, true, place);
+  emulator::atomic_add(address, value, false, true, place);
+}
+inline uint32_t add_ordered(uint32_t* address, Place place = Place::here()) {
+  return emulator::atomic_add(address, 1, true, true, place);
+}
+
+inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
+inline void cluster_arrive(Place place = Place::here()) { emulator::cluster_barrier(false, place); }
+inline void cluster_wait(Place place = Place::here()) { emulator::cluster_barrier(true, place); }
+inline uint32_t cluster_address(uint32_t address, uint32_t rank, Place place = Place::here()) {
+  return emulator::cluster_address(address, rank, place);
+}
+template <typename T>
+void store_cluster(uint32_t address, const T& value, uint32_t barrier, Place place = Place::here()) {
+  emulator::store_cluster(address, &value, sizeof(T), barrier, place);
+}
+inline void mbarrier_arrive_cluster(uint32_t barrier, Place place = Place::here()) {
+  emulator::mbarrier_arrive_cluster(barrier, place);
+}
+inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity, Place place = Place::here()) {
+  emulator::mbarrier_wait(barrier, parity, true, place);
 }
 
 inline int lane_index() { return threadIdx.x % 32; }
@@ -84,6 +104,16 @@ T load_shared(uint32_t address, Place place = Place::here()) {
 template <int kCount>
 void load_shared(uint32_t (&v)[kCount], uint32_t address, Place place = Place::here()) {
   emulator::load_shared(v, address, 4 * kCount, place);
+}
+inline float4 load_shared4(uint32_t address, Place place = Place::here()) {
+  float4 value;
+  emulator::load_shared(&value, address, sizeof value, place);
+  return value;
+}
+inline float2 load_shared2(uint32_t address, Place place = Place::here()) {
+  float2 value;
+  emulator::load_shared(&value, address, sizeof value, place);
+  return value;
 }
 inline void store_shared(uint32_t address, uint32_t value, Place place = Place::here()) {
   emulator::store_shared(address, &value, 4, place);
@@ -106,6 +136,9 @@ template <int kRegisters>
 void shrink_registers(Place place = Place::here()) {
   emulator::set_registers(false, kRegisters, place);
 }
+
+// Not correctly rounded on a GPU either.
+inline float reciprocal_approximate(float x) { return nextafterf(1.f / x, 0.f); }
 
 // ex2.approx.ftz: subnormal results become 0.
 inline float exp2_approximate(float x) {

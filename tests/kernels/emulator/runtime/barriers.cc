@@ -38,18 +38,6 @@ bool arrive(Warp& warp, void* const* arguments) {
   return true;
 }
 
-MBarrier& at(const Thread& thread, uint32_t address) {
-  Cta& cta = *thread.cta;
-  shared_at(cta, address, 8, 8);
-  const auto found = cta.mbarriers.find(address);
-  if (found == cta.mbarriers.end()) fail("0x%x is no initialised mbarrier", address);
-  const Access& initialised = found->second.initialised;
-  if (initialised.epoch > thread.clock.own[initialised.agent]) {
-    fail("a race: thread %d has initialised 0x%x, and nothing orders that before", initialised.agent, address);
-  }
-  return found->second;
-}
-
 void end_phase_if_complete(MBarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   ++barrier.phase;
@@ -63,6 +51,19 @@ void end_phase_if_complete(MBarrier& barrier) {
 bool passed(const MBarrier& barrier, uint32_t parity) { return (barrier.phase & 1) != (parity & 1); }
 
 }  // namespace
+
+MBarrier& mbarrier_of(const Thread& thread, Cta& cta, uint32_t address) {
+  shared_at(cta, address, 8, 8);
+  const auto found = cta.mbarriers.find(address);
+  if (found == cta.mbarriers.end()) fail("0x%x is no initialised mbarrier", address);
+  const MBarrier& barrier = found->second;
+  const Access& initialised = barrier.initialised;
+  const bool by_cluster = barrier.announced && thread.warp->cluster_waits > barrier.announced_in;
+  if (!by_cluster && initialised.epoch > known_of(thread, cta)[initialised.agent]) {
+    fail("a race: thread %d has initialised 0x%x, and nothing orders that before", initialised.agent, address);
+  }
+  return found->second;
+}
 
 void named_barrier(int barrier, int threads, bool wait, Place place) {
   const char* name = wait ? "named_sync" : "named_arrive";
@@ -92,7 +93,9 @@ void mbarrier_init_fence(Place place) {
   if (dropped("mbarrier_init_fence", place)) return;
   const Thread& thread = enter("mbarrier_init_fence", place);
   for (auto& [address, barrier] : thread.cta->mbarriers) {
-    if (barrier.initialised.agent == thread.index) barrier.announced = true;
+    if (barrier.initialised.agent != thread.index) continue;
+    barrier.announced = true;
+    barrier.announced_in = thread.warp->cluster_arrivals;
   }
 }
 
@@ -100,24 +103,30 @@ void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place) {
   const char* name = expected_bytes ? "mbarrier_expect" : "mbarrier_arrive";
   if (dropped(name, place)) return;
   Thread& thread = enter(name, place);
-  MBarrier& b = at(thread, barrier);
+  MBarrier& b = mbarrier_of(thread, *thread.cta, barrier);
   b.bytes += expected_bytes;
   b.unasked += expected_bytes;
   if (b.bytes >= 1 << 20) {
     fail("0x%x expects %lld bytes, an mbarrier counts to 2^20 - 1", barrier, static_cast<long long>(b.bytes));
   }
-  if (b.pending == 0) {
-    fail("all %u arrivals of phase %u of 0x%x have come, %lld bytes are missing: one arrival too many", b.arrivals, b.phase,
-         barrier, static_cast<long long>(b.bytes));
+  arrive_at(thread, *thread.cta, b);
+}
+
+void arrive_at(Thread& thread, const Cta& cta, MBarrier& barrier) {
+  if (barrier.pending == 0) {
+    fail("all %u arrivals of phase %u have come, %lld bytes are missing: one arrival too many", barrier.arrivals,
+         barrier.phase, static_cast<long long>(barrier.bytes));
   }
-  --b.pending;
-  release(thread, b.arriving);
-  end_phase_if_complete(b);
+  barrier.remote |= &cta != thread.cta;
+  --barrier.pending;
+  release_to(thread, cta, barrier.arriving);
+  end_phase_if_complete(barrier);
 }
 
 // The kernels announce bytes before they ask for them. More is a wrong number, though the ISA allows to announce it later.
-void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes) {
-  MBarrier& b = at(thread, barrier);
+void ask_for_copy(const Thread& thread, Cta& cta, uint32_t barrier, uint32_t bytes) {
+  MBarrier& b = mbarrier_of(thread, cta, barrier);
+  b.remote |= &cta != thread.cta;
   if (!b.announced) fail("the copy engine may not see that 0x%x is initialised: no mbarrier_init_fence since", barrier);
   b.unasked -= bytes;
   const long long more = -b.unasked;
@@ -127,29 +136,32 @@ void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes) {
 void complete_copy(const Copy& copy) {
   MBarrier& b = copy.cta->mbarriers.at(copy.barrier);
   b.bytes -= copy.bytes;
-  b.arriving.join_with(*copy.clock);
+  if (copy.clock != nullptr) b.arriving.join_with(*copy.clock);
+  b.arriving.own.resize(copy.cta->copy_epochs.size());
   if (b.arriving.own[copy.agent] < copy.epoch) b.arriving.own[copy.agent] = copy.epoch;
   end_phase_if_complete(b);
 }
 
-void mbarrier_wait(uint32_t barrier, uint32_t parity, Place place) {
+// PTX ISA, mbarrier.try_wait: what others of the cluster did is known after a wait in the cluster's scope.
+void mbarrier_wait(uint32_t barrier, uint32_t parity, bool cluster_scope, Place place) {
   if (dropped("mbarrier_wait", place)) return;
   parity ^= inverted(place);
   Thread& thread = enter("mbarrier_wait", place);
-  MBarrier& b = at(thread, barrier);
+  MBarrier& b = mbarrier_of(thread, *thread.cta, barrier);
   thread.operand[0] = barrier;
   thread.operand[1] = parity;
   while (!passed(b, parity)) {
     b.waiting.push_back(&thread);
     park();
   }
+  if (b.remote && !cluster_scope) fail("waits in the CTA's scope for 0x%x, where others of the cluster arrive", barrier);
   acquire(thread, b.arrived);
 }
 
 // May miss a phase that has just completed, as an earlier test would have; all lanes of a warp alike.
 bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place) {
   Thread& thread = enter("mbarrier_test", place);
-  const MBarrier& b = at(thread, barrier);
+  const MBarrier& b = mbarrier_of(thread, *thread.cta, barrier);
   const Warp& warp = *thread.warp;
   const bool early = (machine.options.seed + warp.index + warp.gatherings) * 0x9E3779B97F4A7C15u >> 62 == 0;
   if (!passed(b, parity) || early) return false;

@@ -14,9 +14,10 @@ constexpr int kRowBytes = 128;  // of a box: 64 elements
 void issue(Thread& thread, Copy copy) {
   Cta& cta = *thread.cta;
   copy.cta = &cta;
+  copy.asker = &cta;
   copy.thread = thread.index;
   shared_at(cta, copy.destination, copy.bytes, copy.source ? 16 : 128);
-  ask_for_copy(thread, copy.barrier, copy.bytes);
+  ask_for_copy(thread, cta, copy.barrier, copy.bytes);
   for (const Copy& other : machine.copies) {
     if (other.cta == &cta && copy.destination < other.destination + other.bytes &&
         other.destination < copy.destination + copy.bytes) {
@@ -97,14 +98,14 @@ void execute_copy(size_t index) {
   const Copy copy = machine.copies[index];
   machine.copies[index] = machine.copies.back();
   machine.copies.pop_back();
-  const Blame blame = {copy.cta, copy.thread, "a copy", copy.place};
+  const Blame blame = {copy.asker, copy.thread, "a copy", copy.place};
   machine.blame = &blame;
-  if (copy.source == nullptr) {
-    execute_box(copy);
+  if (copy.remote || copy.source != nullptr) {
+    memcpy(copy.cta->shared + (copy.destination - machine.shared_base), copy.remote ? copy.stored : copy.source, copy.bytes);
   } else {
-    memcpy(copy.cta->shared + (copy.destination - machine.shared_base), copy.source, copy.bytes);
+    execute_box(copy);
   }
-  copy.cta->free_copy_agents.push_back(copy.agent);
+  if (!copy.remote) copy.cta->free_copy_agents.push_back(copy.agent);
   complete_copy(copy);
   machine.blame = nullptr;
 }

@@ -35,8 +35,15 @@ void sync_cta(Place place);
 void mbarrier_init(uint32_t barrier, uint32_t arrivals, Place place);
 void mbarrier_init_fence(Place place);
 void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Place place);
-void mbarrier_wait(uint32_t barrier, uint32_t parity, Place place);
+void mbarrier_wait(uint32_t barrier, uint32_t parity, bool cluster_scope, Place place);
 bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place);
+
+// Clusters (clusters.cc). Addresses of another CTA's shared memory are what cluster_address() made.
+uint32_t cluster_rank();
+void cluster_barrier(bool wait, Place place);
+uint32_t cluster_address(uint32_t address, uint32_t rank, Place place);
+void mbarrier_arrive_cluster(uint32_t barrier, Place place);
+void store_cluster(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier, Place place);
 
 // Asynchronous copies to shared memory (copies.cc).
 void tensor_copy(uint32_t destination, const void* map, uint32_t barrier, int x, int y, int z, Place place);
@@ -70,12 +77,14 @@ uint32_t shared_address(const void* pointer, Place place);
 void load_shared(void* destination, uint32_t address, uint32_t bytes, Place place);
 void store_shared(uint32_t address, const void* source, uint32_t bytes, Place place);
 uint32_t load_acquire(const uint32_t* address, Place place);
-uint32_t atomic_add(uint32_t* address, uint32_t value, bool release, Place place);
+uint32_t atomic_add(uint32_t* address, uint32_t value, bool acquire, bool release, Place place);
 
-// Runs body(context) as every thread of a cooperative grid (launch.cc). False, and error_text() says why, when it failed.
+// Runs body(context) as every thread of a grid (launch.cc). False, and error_text() says why, when it failed.
 struct Launch {
   const void* function;
   unsigned ctas, threads, shared_bytes;
+  unsigned cluster;  // CTAs of one
+  bool cooperative;
 };
 bool run_grid(const Launch& launch, void (*body)(const void*), const void* context);
 const char* error_text();

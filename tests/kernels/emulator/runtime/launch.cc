@@ -1,7 +1,9 @@
-// A cooperative launch: every CTA of the grid is resident.
+// A launch: if it is cooperative every CTA of the grid is resident, else some clusters begin when others have ended.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <string.h>
+
+#include <algorithm>
 
 #include "races.h"
 
@@ -10,6 +12,23 @@ namespace {
 
 void (*body)(const void*);
 const void* context;
+
+void start_cluster(unsigned cluster) {
+  for (unsigned i = 0; i < machine.launch.cluster; ++i) {
+    for (Warp& warp : machine.ctas[cluster * machine.launch.cluster + i]->warps) make_ready(warp, kAllLanes);
+  }
+}
+
+// A cluster that has not begun yet takes the place of one that has ended.
+void start_another(const Cta& ended) {
+  const unsigned first = ended.index / machine.launch.cluster * machine.launch.cluster;
+  for (unsigned i = first; i < first + machine.launch.cluster; ++i) {
+    if (machine.ctas[i]->live > 0) return;
+  }
+  if (machine.unstarted.empty()) return;
+  start_cluster(machine.unstarted.back());
+  machine.unstarted.pop_back();
+}
 
 void thread_main() {
   body(context);
@@ -28,7 +47,9 @@ void thread_main() {
       if (barrier.arrived == 0) continue;
       fail("the CTA ends with %d of %d threads at barrier %d", barrier.arrived, barrier.expected, i);
     }
+    start_another(*thread.cta);
   }
+  thread_left_cluster(thread);
   park();
 }
 
@@ -57,8 +78,8 @@ std::unique_ptr<Cta> make_cta(unsigned index, const Launch& launch, char* stacks
   cta->live = launch.threads;
   cta->warps.resize(launch.threads / 32);
   cta->units.resize(launch.shared_bytes / 16 + 1);
-  const size_t copies = launch.threads + 2 * cta->warps.size(), agents = copies + kCopyAgents;
-  for (size_t agent = copies; agent < agents; ++agent) cta->free_copy_agents.push_back(agent);
+  const size_t copies = launch.threads + 2 * cta->warps.size(), agents = copies + kCopyAgents + launch.ctas;
+  for (size_t agent = copies; agent < copies + kCopyAgents; ++agent) cta->free_copy_agents.push_back(agent);
   cta->copy_epochs.resize(agents);
   for (unsigned i = 0; i < launch.threads; ++i) {
     machine.threads.push_back(std::make_unique<Thread>());
@@ -77,7 +98,6 @@ std::unique_ptr<Cta> make_cta(unsigned index, const Launch& launch, char* stacks
     warp.cta = cta.get();
     warp.index = i;
     warp.registers = registers;
-    make_ready(warp, kAllLanes);
   }
   return cta;
 }
@@ -130,15 +150,28 @@ bool run_grid(const Launch& launch, void (*kernel)(const void*), const void* arg
   machine.yield_rate = kRates[2 + machine.random() % 3];
   machine.window = nullptr;  // the first to ask for an address of shared memory says which it is
   const bool resident = launch.ctas <= static_cast<unsigned>(multiprocessors());
-  if (!resident || launch.shared_bytes > kMostShared || launch.threads % 128 != 0) {
-    machine.error = machine.kernel + ": the grid is not resident, or a CTA is too large or not of whole warpgroups";
+  if (!resident || launch.ctas % launch.cluster != 0 || launch.shared_bytes > kMostShared || launch.threads % 128 != 0) {
+    machine.error = machine.kernel + ": the grid is not resident or not of whole clusters, or a CTA is too large or not of whole warpgroups";
     return false;
   }
   body = kernel;
   context = arguments;
   shared_memory_of(launch.ctas - 1);
   char* stacks = fiber_stacks(size_t(launch.ctas) * launch.threads);
-  for (unsigned i = 0; i < launch.ctas; ++i) machine.ctas.push_back(make_cta(i, launch, stacks));
+  machine.clusters.clear();
+  machine.unstarted.clear();
+  for (unsigned i = 0; i < launch.ctas; ++i) {
+    machine.ctas.push_back(make_cta(i, launch, stacks));
+    if (i % launch.cluster == 0) machine.clusters.push_back(std::make_unique<ClusterBarrier>());
+    machine.ctas.back()->cluster = machine.clusters.back().get();
+  }
+  for (unsigned i = 0; i < launch.ctas / launch.cluster; ++i) machine.unstarted.push_back(i);
+  std::shuffle(machine.unstarted.begin(), machine.unstarted.end(), machine.random);
+  const size_t later = launch.cooperative ? 0 : machine.random() % machine.unstarted.size();
+  while (machine.unstarted.size() > later) {
+    start_cluster(machine.unstarted.back());
+    machine.unstarted.pop_back();
+  }
   machine.live = launch.ctas * launch.threads;
   run_until_done();
   machine.current = nullptr;

@@ -76,6 +76,7 @@ struct Warp {
   Place collective_place = {"", 0};
   void* arguments[32];
   uint32_t gatherings = 1;
+  unsigned cluster_arrivals = 0, cluster_waits = 0;
   // Warpgroup instructions.
   int registers;  // of a thread
   int register_changes = 0;
@@ -93,7 +94,9 @@ struct MBarrier {
   int64_t unasked = 0;  // expected, and no copy asked for them yet
   uint32_t phase = 0;
   Access initialised = {};
-  bool announced = false;             // to the async proxy
+  bool announced = false;             // to the async proxy and, with the phase of barrier.cluster that its thread
+  unsigned announced_in = 0;          // arrives for next, to the cluster
+  bool remote = false;                // others of the cluster have arrived or stored
   Clock arriving = {}, arrived = {};  // what those knew who arrived in this phase; in completed ones
   std::vector<Thread*> waiting = {};
 };
@@ -105,14 +108,17 @@ struct NamedBarrier {
 };
 
 struct Copy {
-  Cta* cta;
+  Cta* cta;  // into whose memory
   uint32_t destination, bytes, barrier;
-  const char* source;  // of bytes in a row, or nullptr and
+  char stored[16];     // what another CTA's thread stores, if
+  bool remote;         // it is that;
+  const char* source;  // else of bytes in a row, or nullptr and
   TensorMap map;       // where a box begins
   int at[3];
   uint16_t agent;
   uint32_t epoch;
-  std::shared_ptr<const Clock> clock;  // what the thread knew that asked for it
+  std::shared_ptr<const Clock> clock;  // what the thread knew that asked for it; nullptr when that is not passed on
+  const Cta* asker;
   int thread;
   Place place;
 };
@@ -128,8 +134,15 @@ struct Unit {
   std::vector<Read> reads;
 };
 
+// barrier.cluster with relaxed arrivals, which order nothing but mbarrier_init_fence() before them.
+struct ClusterBarrier {
+  unsigned phase = 0;
+  std::vector<Warp*> waiting;
+};
+
 struct Cta {
   unsigned index;
+  ClusterBarrier* cluster;
   char* shared;  // its memory, wherever it is mapped besides
   std::vector<Warp> warps;
   std::vector<Thread*> threads;
@@ -180,6 +193,8 @@ struct Machine {
   std::string kernel;
   std::mt19937_64 random;
   std::vector<std::unique_ptr<Cta>> ctas;
+  std::vector<std::unique_ptr<ClusterBarrier>> clusters;
+  std::vector<unsigned> unstarted;  // clusters of a launch that is not cooperative
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Copy> copies;
   std::vector<Watcher> watchers;
@@ -223,8 +238,15 @@ void collective(const char* name, Place place, void* argument, bool (*action)(Wa
 void execute_copy(size_t index);
 void execute_product(Warp& warp);
 bool products_waiting(const Warp& warp);
-void ask_for_copy(const Thread& thread, uint32_t barrier, uint32_t bytes);
+void ask_for_copy(const Thread& thread, Cta& cta, uint32_t barrier, uint32_t bytes);
 void complete_copy(const Copy& copy);
+
+// barriers.cc: the mbarrier at a shared address, checked, and an arrival there by a thread of any CTA of the cluster.
+MBarrier& mbarrier_of(const Thread& thread, Cta& cta, uint32_t address);
+void arrive_at(Thread& thread, const Cta& cta, MBarrier& barrier);
+
+// clusters.cc
+void thread_left_cluster(Thread& thread);
 
 // memory.cc
 void map_shared(Cta& cta);

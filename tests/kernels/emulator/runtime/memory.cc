@@ -190,11 +190,12 @@ uint32_t load_acquire(const uint32_t* address, Place place) {
   return thread.polled_value = *address;
 }
 
-uint32_t atomic_add(uint32_t* address, uint32_t value, bool release, Place place) {
-  Thread& thread = enter(release ? "add_release" : "atomicAdd", place);
+uint32_t atomic_add(uint32_t* address, uint32_t value, bool acquire, bool release, Place place) {
+  Thread& thread = enter(acquire ? "add_ordered" : release ? "add_release" : "atomicAdd", place);
   check_global(address, 4, 4, true);
   const uint32_t before = *address;
   *address += value;
+  if (acquire) acquire_global(thread, address);
   if (release) release_global(thread, address);
   return before;
 }

@@ -25,6 +25,9 @@ std::string agent_name(const Cta& cta, uint16_t agent) {
   const size_t threads = cta.threads.size(), warps = cta.warps.size();
   if (agent < threads) return "thread " + std::to_string(agent);
   if (agent < threads + warps) return "the tensor core of warp " + std::to_string(agent - threads);
+  if (agent >= remote_stores(cta, *machine.ctas[0])) {
+    return "a thread of CTA " + std::to_string(agent - remote_stores(cta, *machine.ctas[0]));
+  }
   return "a copy";
 }
 
@@ -170,6 +173,19 @@ uint16_t take_copy_agent(Cta& cta) {
   return agent;
 }
 
+uint16_t remote_stores(const Cta& cta, const Cta& by) {
+  return cta.copy_epochs.size() - machine.launch.ctas + by.index;
+}
+
+const Epochs& known_of(const Thread& thread, const Cta& cta) {
+  if (&cta == thread.cta) return thread.clock.own;
+  const auto& others = thread.clock.others;
+  if (cta.index < others.size() && others[cta.index] != nullptr) return *others[cta.index];
+  static Epochs nothing;
+  nothing.assign(cta.copy_epochs.size(), 0);
+  return nothing;
+}
+
 void acquire(Thread& thread, const Clock& clock) {
   thread.clock.join_with(clock);
   ++thread.acquired;
@@ -177,6 +193,16 @@ void acquire(Thread& thread, const Clock& clock) {
 
 void release(Thread& thread, Clock& clock) {
   clock.join_with(thread.clock);
+  ++thread.clock.own[thread.index];
+}
+
+void release_to(Thread& thread, const Cta& cta, Clock& clock) {
+  if (&cta == thread.cta) return release(thread, clock);
+  join(clock.own, known_of(thread, cta));
+  clock.join_other(thread.cta->index, std::make_shared<Epochs>(thread.clock.own));
+  for (size_t other = 0; other < thread.clock.others.size(); ++other) {
+    if (other != cta.index) clock.join_other(other, thread.clock.others[other]);
+  }
   ++thread.clock.own[thread.index];
 }
 
@@ -195,7 +221,7 @@ void tensor_core_reads(Cta& cta, uint16_t agent, uint32_t epoch, const Clock& cl
 void copy_writes(Thread& issuer, const Copy& copy) {
   const Access access = {copy.epoch, copy.agent, number_of(copy.place)};
   const uint32_t first = first_word(copy.destination), last = last_word(copy.destination, copy.bytes);
-  write_words(*copy.cta, access, issuer.clock.own, first, last);
+  write_words(*copy.cta, access, known_of(issuer, *copy.cta), first, last);
 }
 
 void thread_reads_global(Thread& thread, const Region& region, uintptr_t offset, uint32_t bytes) {

@@ -10,11 +10,16 @@ namespace emulator {
 uint16_t tensor_core(const Warp& warp);
 uint16_t gatherings(const Warp& warp);
 uint16_t take_copy_agent(Cta& cta);
+uint16_t remote_stores(const Cta& cta, const Cta& by);
 
 // Synchronisation: `acquire` learns what was released into a clock; `release` adds what the thread knows, and what it does
 // from then on is later.
 void acquire(Thread& thread, const Clock& clock);
 void release(Thread& thread, Clock& clock);
+// The same into a clock of another CTA.
+void release_to(Thread& thread, const Cta& cta, Clock& clock);
+// What the thread knows of a CTA.
+const Epochs& known_of(const Thread& thread, const Cta& cta);
 
 // All lanes have come to one instruction. It is no barrier for memory, but what they have read before has been read: a
 // warp issues its loads in order. (The kernels rely on that where one lane releases what all have read.)
