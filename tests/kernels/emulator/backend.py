@@ -16,9 +16,6 @@ from kernels.package import KernelPackage, file_sha256
 from kernels.workspace import COUNTER_BYTES
 
 ERROR_BYTES = 4096
-# What may be read in the first file while the second writes it. Clearing an fp8 item's unused tokens for the
-# values does not wait for the scores of the tile: each token is a column of scores, which the mask hides.
-ALLOWED_RACES = ("scores.cuh values.cuh",)
 
 
 class EmulatedFailure(RuntimeError):
@@ -121,7 +118,6 @@ def configure(
     library.emulator_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
     library.emulator_configure(seed, multiprocessors, regions, len(regions))
     library.emulator_break(ctypes.c_char_p(fault.encode()))
-    library.emulator_allow_races(ctypes.c_char_p("\n".join(ALLOWED_RACES).encode()))
 
 
 def fresh_workspace(size: int) -> Tensor:

@@ -25,7 +25,7 @@ void issue(Thread& thread, Copy copy) {
            other.place.line);
     }
   }
-  touched_by_async_proxy(cta, copy.place, copy.destination, copy.bytes);
+  touched_by_async_proxy(cta, copy.destination, copy.bytes);
   memset(cta.shared + (copy.destination - machine.shared_base), 0xFF, copy.bytes);
   copy.agent = take_copy_agent(cta);
   copy.epoch = ++cta.copy_epochs[copy.agent];

@@ -3,7 +3,6 @@
 #include <string.h>
 
 #include <map>
-#include <sstream>
 
 #include "machine.h"
 
@@ -48,14 +47,6 @@ extern "C" void emulator_break(const char* place) {
   if (colon == std::string::npos) return;
   emulator::fault.file = text.substr(0, colon);
   emulator::fault.line = std::stoi(text.substr(colon + 1));
-}
-
-// Lets reads in file "a" race with writes in file "b" in later runs: "a b", one pair a line.
-extern "C" void emulator_allow_races(const char* pairs) {
-  auto& allowed = emulator::machine.options.allowed_races;
-  allowed.clear();
-  std::istringstream lines(pairs);
-  for (std::string one, two; lines >> one >> two;) allowed.emplace_back(one, two);
 }
 
 // The synchronisations that runs have come by since the last call, as lines "file:line operation".

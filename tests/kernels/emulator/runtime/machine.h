@@ -175,7 +175,6 @@ struct Options {
   uint64_t seed = 0;
   int multiprocessors = 8;
   std::vector<Region> regions;
-  std::vector<std::pair<std::string, std::string>> allowed_races;  // file that reads, file that writes
 };
 
 // Who asked for the asynchronous work that is being done.
@@ -252,7 +251,7 @@ void thread_left_cluster(Thread& thread);
 void map_shared(Cta& cta);
 char* shared_memory_of(unsigned cta);
 void* shared_at(Cta& cta, uint32_t address, uint32_t bytes, uint32_t alignment);  // checked
-void touched_by_async_proxy(Cta& cta, Place place, uint32_t address, uint32_t bytes);  // checked
+void touched_by_async_proxy(Cta& cta, uint32_t address, uint32_t bytes);  // checked
 void wrote_shared(Thread& thread, uint32_t address, uint32_t bytes);
 void plain_access(const void* pointer, uint32_t bytes, bool write);
 const Region& check_global(const void* pointer, uint64_t bytes, uint32_t alignment, bool write);

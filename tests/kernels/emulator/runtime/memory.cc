@@ -115,10 +115,10 @@ void fence_async_proxy_global(Place place) {
   thread.announced = thread.clock;
 }
 
-void touched_by_async_proxy(Cta& cta, Place place, uint32_t address, uint32_t bytes) {
+void touched_by_async_proxy(Cta& cta, uint32_t address, uint32_t bytes) {
   const uint32_t first = (address - machine.shared_base) / 4;
   for (uint32_t word = first; word < first + bytes / 4; ++word) {
-    if (cta.unfenced[word] != 0 && !race_is_allowed(place, last_writer(cta, word))) {
+    if (cta.unfenced[word] != 0) {
       fail("tensor cores or copy engine touch shared address 0x%x, which thread %d wrote without fence.proxy.async since",
            machine.shared_base + 4 * word, cta.unfenced[word] - 1);
     }

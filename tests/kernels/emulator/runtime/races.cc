@@ -33,8 +33,6 @@ std::string agent_name(const Cta& cta, uint16_t agent) {
 
 void race(const char* what, const char* where, const Cta& cta, const Access& other, const char* how) {
   const Place place = places[other.place];
-  const Place here = machine.blame ? machine.blame->place : machine.current->place;
-  if (what[0] == 'r' ? race_is_allowed(here, place) : how[0] == 'r' && race_is_allowed(place, here)) return;
   fail("a race: %s %s, which %s %s at or after %s:%d, and nothing orders the two", what, where,
        agent_name(cta, other.agent).c_str(), how, file_name(place), place.line);
 }
@@ -290,15 +288,6 @@ void acquire_global(Thread& thread, const void* address) {
   }
   ++thread.acquired;
 }
-
-bool race_is_allowed(Place reader, Place writer) {
-  for (const auto& [read, written] : machine.options.allowed_races) {
-    if (read == file_name(reader) && written == file_name(writer)) return true;
-  }
-  return false;
-}
-
-Place last_writer(const Cta& cta, uint32_t word) { return places[cta.units[word / 4].writes[word & 3].place]; }
 
 void forget_accesses() {
   released.clear();

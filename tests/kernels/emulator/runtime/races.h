@@ -47,10 +47,6 @@ void check_rewrites(Thread& thread);
 void release_global(Thread& thread, const void* address);
 void acquire_global(Thread& thread, const void* address);
 
-// Whether the options let lines of the first file read what lines of the second write.
-bool race_is_allowed(Place reader, Place writer);
-// Where the last write to a word of shared memory came from, counted from the CTA's first.
-Place last_writer(const Cta& cta, uint32_t word);
 
 // Before a launch.
 void forget_accesses();

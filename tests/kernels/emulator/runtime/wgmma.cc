@@ -29,7 +29,7 @@ const uint16_t* unit(Warp& warp, const PendingProduct& pending, uint32_t address
   address ^= address >> 3 & 0x70;
   const void* pointer = shared_at(cta, address, 16, 16);
   tensor_core_reads(cta, tensor_core(warp), pending.epoch, *pending.clock, pending.place, address);
-  touched_by_async_proxy(cta, pending.place, address, 16);
+  touched_by_async_proxy(cta, address, 16);
   return static_cast<const uint16_t*>(pointer);
 }
 
