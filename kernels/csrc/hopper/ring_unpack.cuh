@@ -34,44 +34,37 @@ struct Scale {
   }
 };
 
-// Some of a warp's 16 tokens, of one scale block, which is a piece: a lane takes 16 codes of one of four tokens. That these
-// are r, r + 1, r + 8 and r + 9, and the order in which a lane goes through its codes, keep reads and writes free of bank
-// conflicts. kSteps: of four tokens each, from kFirst on.
-template <int kSteps>
-struct RawBlock {
-  uint32_t codes[kSteps][2][2];
-  float scale[kSteps];
+// Four of a warp's 16 tokens, of one scale block, which is a piece: a lane takes 16 codes of one of them. That they are r,
+// r + 1, r + 8 and r + 9, and the order in which a lane goes through its codes, keep reads and writes free of bank conflicts.
+struct RawStep {
+  uint32_t codes[2][2];
+  float scale;
 
-  template <int kFirst>
-  __device__ __forceinline__ void load(uint32_t raw, int block, int lane) {
-    const uint32_t token = raw + (lane / 16 + (lane & 8)) * kTokenBytesFp8;
-    const uint32_t first = token + block * 128 + (lane & 7) * 16 + second_first(lane) * 8;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int step = 2 * (kFirst + i) * kTokenBytesFp8;
-      load_shared(codes[i][0], first + step);
-      load_shared(codes[i][1], (first ^ 8) + step);
-      scale[i] = load_shared<float>(token + kLatent + block * 4 + step);
-    }
+  // Where the lane's token lies in the warp's 16, and the first of its codes in the token's block.
+  static __device__ __forceinline__ uint32_t token(int lane) { return lane / 16 + (lane & 8); }
+  static __device__ __forceinline__ uint32_t first(int lane) { return (lane & 7) * 16 + second_first(lane) * 8; }
+  // Where what becomes of them lies in a pair of slabs, from the warp's rows on.
+  static __device__ __forceinline__ uint32_t place(int lane) {
+    const int unit = 2 * (lane & 3) + second_first(lane);
+    return (lane & 7) / 4 * kSlabBytes + token(lane) * 128 + ((unit ^ (lane / 16)) << 4);
   }
 
-  template <int kFirst>
-  __device__ __forceinline__ void unpack(uint32_t pair, int warp, int lane) const {
-    const int row = 16 * warp + lane / 16 + (lane & 8);
-    const int unit = 2 * (lane & 3) + second_first(lane);
-    const uint32_t place = pair + (lane & 7) / 4 * kSlabBytes + row * 128 + ((unit ^ (lane / 16)) << 4);
+  __device__ __forceinline__ void load(uint32_t codes_at, uint32_t scale_at) {
+    load_shared(codes[0], codes_at);
+    load_shared(codes[1], codes_at ^ 8);
+    scale = load_shared<float>(scale_at);
+  }
+
+  __device__ __forceinline__ void unpack(uint32_t place) const {
+    const Scale times(scale);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const Scale times(scale[i]);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        uint32_t value[4];
-        value[0] = times(shifted_codes(byte_pair<0, 1>(codes[i][j][0], codes[i][j][0])));
-        value[1] = times(shifted_codes(byte_pair<2, 3>(codes[i][j][0], codes[i][j][0])));
-        value[2] = times(shifted_codes(byte_pair<0, 1>(codes[i][j][1], codes[i][j][1])));
-        value[3] = times(shifted_codes(byte_pair<2, 3>(codes[i][j][1], codes[i][j][1])));
-        store_shared((place ^ ((2 * (kFirst + i) ^ j) << 4)) + 256 * (kFirst + i), value);
-      }
+    for (int j = 0; j < 2; ++j) {
+      uint32_t value[4];
+      value[0] = times(shifted_codes(byte_pair<0, 1>(codes[j][0], codes[j][0])));
+      value[1] = times(shifted_codes(byte_pair<2, 3>(codes[j][0], codes[j][0])));
+      value[2] = times(shifted_codes(byte_pair<0, 1>(codes[j][1], codes[j][1])));
+      value[3] = times(shifted_codes(byte_pair<2, 3>(codes[j][1], codes[j][1])));
+      store_shared(place ^ (j << 4), value);
     }
   }
 
@@ -156,13 +149,21 @@ __device__ __forceinline__ void unpack_ring(const Params& params, Schedule& sche
     uint32_t filled = 0;  // a piece that is written but not announced: a fence waits for writes, so other work comes first
 #pragma unroll 1
     for (int pair = 0; pair < kTilePairs; ++pair) {
-      RawBlock<2> block;
-      block.template load<0>(raw, pair_slab(pair) / 2, lane);
+      uint32_t codes_at = raw + pair_slab(pair) * 64 + RawStep::token(lane) * kTokenBytesFp8 + RawStep::first(lane);
+      uint32_t scale_at = raw + pair_slab(pair) * 2 + RawStep::token(lane) * kTokenBytesFp8 + kLatent;
+      RawStep next;
+      next.load(codes_at, scale_at);
       if (pair > 0) announce(filled, lane);
       mbarrier_wait(barriers.empty(position.slot), position.parity ^ 1);
-      block.template unpack<0>(position.address(base), warp, lane);
-      block.template load<2>(raw, pair_slab(pair) / 2, lane);
-      block.template unpack<2>(position.address(base), warp, lane);
+      const uint32_t place = position.address(base) + 16 * warp * 128 + RawStep::place(lane);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const RawStep now = next;
+        codes_at += 2 * kTokenBytesFp8;
+        scale_at += 2 * kTokenBytesFp8;
+        if (step < 3) next.load(codes_at, scale_at);
+        now.unpack((place ^ (step << 5)) + 256 * step);
+      }
       filled = barriers.full(position.slot);
       position.advance(1);
     }
