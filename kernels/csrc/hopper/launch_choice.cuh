@@ -1,0 +1,166 @@
+// Which kernel a call's shapes get, and how its work is dealt out: all that the host decides, from numbers measured on an
+// H100 (NOTES_hopper.md). Lengths are on the device, so nothing here depends on them.
+#ifndef MLA_HOPPER_LAUNCH_CHOICE_CUH_
+#define MLA_HOPPER_LAUNCH_CHOICE_CUH_
+
+#include <stdlib.h>
+
+#include <algorithm>
+
+#include "device.h"
+#include "mla_decode.h"
+#include "narrow.cuh"
+#include "ring_kernel.cuh"
+
+namespace mla_hopper {
+
+constexpr int kMostCluster = 8;  // CTAs; more would not run everywhere
+
+inline int ceil_div(int64_t value, int divisor) { return static_cast<int>((value + divisor - 1) / divisor); }
+
+// A number that was measured (NOTES_hopper.md); a build with MLA_HOPPER_TUNING takes it from the environment.
+inline int tuned(const char* variable, int value) {
+#ifdef MLA_HOPPER_TUNING
+  if (const char* text = getenv(variable)) return atoi(text);
+#endif
+  (void)variable;
+  return value;
+}
+
+// How the query rows of an item are dealt to CTAs.
+struct RowTiles {
+  int rows;    // of a CTA at most
+  int count;   // CTAs that have the item's rows and read the same cache
+  int groups;  // of 16 rows, of a CTA: ceil(min(all rows, rows) / 16)
+};
+
+// With 16 rows a CTA, more CTAs share the work, and what each leaves to be merged is a quarter as large; but each of them
+// goes through the tiles that one could have taken with 64 rows. So it pays while none has many tiles or several items
+// (NOTES_hopper.md). Two CTAs that share a 16-bit cache's tiles keep up with memory, however many.
+inline RowTiles row_tiles(const mla_decode_params& p, int ctas) {
+  const int rows = p.s_q * p.h_q;
+  const int narrow = ceil_div(rows, kNarrowRows);
+  if (narrow <= 1) return {kNarrowRows, 1, 1};
+  if (narrow <= ctas && p.batch <= ctas / narrow) {
+    const int tiles = ceil_div(int64_t(p.batch) * p.max_blocks_per_seq, ctas / narrow);  // of a CTA at most
+    const bool fast = narrow == 2 && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA;
+    const int most = fast ? 512 : 40 / std::min(narrow, 4);
+    if (tiles <= tuned("MLA_HOPPER_NARROW_TILES", most)) return {kNarrowRows, narrow, 1};
+  }
+  return {kTileRows, ceil_div(rows, kTileRows), ceil_div(std::min(rows, kTileRows), 16)};
+}
+
+struct Variant {
+  void (*function)(const Params, const CUtensorMap, const CUtensorMap);
+  int threads, shared_bytes;
+  int copied_tokens;  // of one bulk tensor copy from a 16-bit cache
+  int cluster = 1;    // CTAs
+};
+
+template <typename T, typename L, bool kMany>
+Variant ring() {
+  return {mla_decode_ring_kernel<T, L, kMany>, L::kThreads, L::kBytes, kTileTokens};
+}
+template <typename T>
+Variant ring(bool many_parts) {
+  return many_parts ? ring<T, RingLayout, true>() : ring<T, RingLayout, false>();
+}
+
+template <typename Operands, int kCtas>
+Variant narrow_cluster() {
+  using L = NarrowLayout<Operands::kStepBytes, kCtas>;
+  return {mla_decode_narrow_kernel<Operands, kCtas>, L::kThreads, L::kRequest, Operands::kStepTokens, kCtas};
+}
+
+template <typename Operands>
+Variant narrow(int cluster) {
+  switch (cluster) {
+    case 2: return narrow_cluster<Operands, 2>();
+    case 4: return narrow_cluster<Operands, 4>();
+    case 8: return narrow_cluster<Operands, 8>();
+    default: return narrow_cluster<Operands, 1>();
+  }
+}
+
+inline Variant choose(int32_t q_dtype, bool fp8, bool few_rows, int cluster, bool many_parts) {
+  if (fp8) return few_rows ? narrow<NarrowFp8>(cluster) : ring<__nv_bfloat16, RingFp8Layout, false>();
+  if (q_dtype == MLA_DTYPE_BFLOAT16) {
+    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>(cluster) : ring<__nv_bfloat16>(many_parts);
+  }
+  return few_rows ? narrow<Narrow16bit<__half>>(cluster) : ring<__half>(many_parts);
+}
+
+// CTAs that share an item's tiles and merge through each other's shared memory, and how many such clusters fit on the
+// device at once: fewer than multiprocessors would make, whose groups have different sizes.
+struct Clusters {
+  int size, count;
+};
+
+template <int kCtas>
+int count_clusters() {
+  using L = NarrowLayout<Narrow16bit<__half>::kStepBytes, kCtas>;
+  const auto kernel = mla_decode_narrow_kernel<Narrow16bit<__half>, kCtas>;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kCtas, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kCtas);
+  config.blockDim = dim3(L::kThreads);
+  config.dynamicSmemBytes = L::kRequest;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kRequest);
+  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+// The same, asked once for each device.
+inline int clusters_at_once(const Device& device, int size) {
+  static int known[kDevices][kMostCluster + 1];  // 1 more than the number, 0: not asked yet
+  if (device.index >= kDevices) return 0;
+  int& count = known[device.index][size];
+  if (count == 0) count = 1 + (size == 8 ? count_clusters<8>() : size == 4 ? count_clusters<4>() : count_clusters<2>());
+  return count - 1;
+}
+
+// The fewest tiles of an item that are worth a second cluster.
+inline int least_tiles(int cluster) { return cluster == 1 ? 1 : (cluster == 2 ? 8 : 16); }
+
+// The largest clusters of which each item's rows get one, or several. Clusters merge sooner, but leave multiprocessors idle
+// and have fewer tiles on their way to each, so that they pay (NOTES_hopper.md) when one takes an item as a whole, or when
+// those of 8 are evenly shared and no CTA has many tiles.
+inline Clusters choose_clusters(const mla_decode_params& p, const RowTiles& tiles, const Device& device) {
+  const Clusters none = {1, device.ctas};
+  if (tiles.rows != kNarrowRows) return none;
+  for (int size = tuned("MLA_HOPPER_CLUSTER", kMostCluster); size > 1; size /= 2) {
+    const Clusters clusters = {size, clusters_at_once(device, size)};
+    const int groups = clusters.count / tiles.count;
+    const int each = groups / p.batch;
+    if (each == 0) continue;
+    const int most = p.max_blocks_per_seq - 1;  // pages of an item: callers' tables have a column to spare
+    const bool whole = most <= least_tiles(size) && (size > 2 || each == 1 || tiles.count == 1);
+    const bool even = size == 8 && 10 * each * p.batch >= 9 * groups && most <= 5 * size * each;
+    return whole || even ? clusters : none;
+  }
+  return none;
+}
+
+// How the schedule (schedule.cuh) cuts the line of tiles into pieces.
+inline void choose_pieces(Params& k, const mla_decode_params& p, const RowTiles& tiles, const Clusters& clusters) {
+  k.most_parts = tuned("MLA_HOPPER_MOST_PARTS", k.row_groups == 1 ? 96 : (k.row_groups == 2 ? 48 : 24));
+  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", least_tiles(clusters.size));
+  k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 8);
+  const bool alone = k.m_tiles == 1 && clusters.size == 1;
+  // Half of the multiprocessors keep up with memory where a tile is read once, if it need not be unpacked.
+  const bool ring = tiles.rows == kTileRows && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA;
+  k.half_below = tuned("MLA_HOPPER_HALF_BELOW", ring && alone ? 1536 : 0);
+  k.whole_below = tuned("MLA_HOPPER_WHOLE_BELOW", ring ? (alone ? 64 : 8) : (alone ? 16 : 0));
+}
+
+}  // namespace mla_hopper
+
+#endif  // MLA_HOPPER_LAUNCH_CHOICE_CUH_
