@@ -70,7 +70,7 @@ uint64_t mla_decode_workspace_bytes(const mla_decode_params* params) {
   const int ctas = current_device().ctas;
   uint64_t bytes = kCounterBytes + stats_bytes(ctas) + partial_bytes(ctas, row_tiles(*params, ctas).groups);
 #ifdef MLA_HOPPER_TRACE
-  bytes += uint64_t(ctas) * 32 * sizeof(long long);
+  bytes += uint64_t(ctas) * 64 * sizeof(long long);
 #endif
   return bytes;
 }

@@ -51,14 +51,14 @@ struct Params {
   uint32_t* finished;   // [kMaxCtas], zero between launches
   float2* stats;        // [ctas, 2, 64]: running maximum (log2 units) and denominator of a partial result
 #ifdef MLA_HOPPER_TRACE
-  long long* trace;  // [ctas, 32] clock of thread 0 at MLA_TRACE(i)
+  long long* trace;  // [ctas, 4, 16]: clock of each warpgroup's first thread when it last came by MLA_TRACE(i)
 #endif
   float4* partial;      // [ctas, 2, row_groups, 2 halves, 32 chunks, 32 lanes]: accumulators in fragment order
 };
 
 #ifdef MLA_HOPPER_TRACE
 #define MLA_TRACE_IN(params, i) \
-  if (threadIdx.x == 0 || threadIdx.x == 384) (params).trace[blockIdx.x * 32 + (i)] = clock64()
+  if (threadIdx.x % 128 == 0) (params).trace[(blockIdx.x * 4 + threadIdx.x / 128) * 16 + (i)] = clock64()
 #else
 #define MLA_TRACE_IN(params, i)
 #endif

@@ -103,7 +103,7 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
           merge<T>(params, row_table<L>(smem), split, thread, reinterpret_cast<float*>(smem + L::kCache));
         }
       }
-      MLA_TRACE(16 + slot);
+      MLA_TRACE(15);
     }
   }
 }

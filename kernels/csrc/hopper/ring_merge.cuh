@@ -38,11 +38,13 @@ class RingMerge {
       if (thread_ < 32) {
         if (thread_ == 0) await_parts(params_, split);
         __syncwarp();
+        MLA_TRACE_IN(params_, 11);
         fence_async_proxy_global();  // what was announced had been written by ordinary stores
         load(split, begin, at_once);
       }
       named_sync(kMergeBarrier, kMergeThreads);  // all may read what was announced
       part_weights(split, begin, count);
+      MLA_TRACE_IN(params_, 13);
       named_sync(kMergeBarrier, kMergeThreads);
 #pragma unroll 1
       for (int first = 0; first < count; first += at_once) {
@@ -56,6 +58,7 @@ class RingMerge {
         add(split, begin, begin + first, min(at_once, count - first));
       }
     }
+    MLA_TRACE_IN(params_, 14);
     leave_counters(params_, split, thread_);
   }
 

@@ -62,6 +62,7 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
     position.advance(L::kHeldPairs);  // the query's pieces
     bool more = false;                         // than the item's first tile
     while (true) {
+      MLA_TRACE(3);
       const RingPosition<L> second = position.ahead(2);
       mbarrier_wait(barriers.full(position.slot), position.parity);
       mbarrier_wait(barriers.full(second.slot), second.parity);
@@ -85,6 +86,7 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
           named_sync(kStoredBarrier - 1 + thread_index() / 128, 128);
         }
       }
+      MLA_TRACE(4);
       const uint64_t weights = matrix_descriptor(base + L::kWeights + (tile & 1) * kSlabBytes, 16, 1024);
       const uint64_t first_values = matrix_descriptor(position.address(base), kSlabBytes, 1024);
       const uint64_t second_values = matrix_descriptor(second.address(base), kSlabBytes, 1024);
@@ -106,6 +108,7 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
         mbarrier_arrive(barriers.empty(second.slot));
         if (left > 1) mbarrier_arrive(barriers.read(tile));
       }
+      MLA_TRACE(5);
       position.advance(kTilePairs);
       more = true;
       if (--left == 0) break;
@@ -114,6 +117,7 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
     }
 
     mbarrier_wait(barriers.inverted(item), pair_parity(item));
+    MLA_TRACE(6);
     const RowFactors inverse(base + L::kInverse + (item & 1) * 256);
     const Task done = reinterpret_cast<const Task*>(smem + L::kTasks)[item & 1];
     __syncwarp();
@@ -124,9 +128,12 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
     if (done.parts == 1) {
       store_output<T>(params, row_table<L>(smem), done.item, warp, half, lane_index(), o,
                       {inverse.low, inverse.high});
+      MLA_TRACE(7);
     } else {
       store_partial(params, blockIdx.x, done.slot, warp, half, lane_index(), o);
+      MLA_TRACE(7);
       announce_part(params, done.head, half, thread_index() & 127);
+      MLA_TRACE(8);
     }
   }
 }
