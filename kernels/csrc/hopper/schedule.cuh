@@ -142,9 +142,10 @@ class Schedule {
     return clamped(params_.lengths[item]);
   }
 
-  // Tiles that one CTA alone reads, once, need no place in L2. When there are many, memory was faster without the hint.
+  // Tiles are read once, but for the CTAs that share them and do so at about the same time: they need no place in L2. When
+  // there are many, memory was faster without the hint.
   __device__ __forceinline__ uint64_t cache_policy() const {
-    return params_.m_tiles == 1 && total_ <= 4096 ? kReadOnce : kNormal;
+    return total_ <= (params_.m_tiles == 1 ? 2048 : 4096) ? kReadOnce : kNormal;
   }
 
   bool has_empty_items;
