@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "params.cuh"
+#include "part_pack.cuh"
 #include "ptx.cuh"
 
 namespace mla_hopper {
@@ -100,17 +101,31 @@ __device__ __forceinline__ void store_output(const Params& params, const RowTabl
   }
 }
 
-// Float4 elements of one partial result, and where part `slot` of a CTA begins.
+// Float4 elements of what a cluster leaves in the workspace, unpacked.
 __device__ __forceinline__ int slot_elements(const Params& params) { return params.row_groups * (2 * 32 * 32); }
 
-__device__ __forceinline__ void store_partial(const Params& params, int cta, int slot, int warp, int half, int lane,
-                                              const float (&o)[128]) {
-  if (warp >= params.row_groups) return;
-  float4* destination = params.partial + (2 * cta + slot) * slot_elements(params) + (warp * 2 + half) * (32 * 32) + lane;
-#pragma unroll
-  for (int chunk = 0; chunk < 32; ++chunk) {
-    destination[chunk * 32] = make_float4(o[4 * chunk], o[4 * chunk + 1], o[4 * chunk + 2], o[4 * chunk + 3]);
-  }
+// A part of an item in the workspace, in uint4: float2 [8 sets of columns, 8 row pairs], the factors of packed rows
+// (part_pack.cuh), then [row_groups * 16 units, 2, 32 lanes], packed chunks. A unit is 16 rows x 32 columns, a set of columns
+// what one warp stores.
+constexpr int kFactorElements = 8 * 8 / 2;
+constexpr int kUnitElements = 2 * 32;
+constexpr int kUnits = kLatent / 32;  // of 16 rows
+__host__ __device__ constexpr int part_elements(int row_groups) {
+  return kFactorElements + row_groups * kUnits * kUnitElements;
+}
+// Parts are counted by CTAs, two for each.
+__device__ __forceinline__ uint4* part_at(const Params& params, int index) {
+  return reinterpret_cast<uint4*>(params.partial) + index * part_elements(params.row_groups);
+}
+
+// A warp's accumulators of `set`, kChunks chunks of 8 columns.
+template <int kChunks>
+__device__ __forceinline__ void store_partial(const Params& params, int index, int set, int lane,
+                                              const float (&o)[4 * kChunks]) {
+  uint4* part = part_at(params, index);
+  uint4* units = part + kFactorElements + set * (kChunks / 2 * 32) + lane;
+  const float2 factors = pack_rows<kChunks>(o, [&](int i, const uint4& packed) { units[i * 32] = packed; });
+  if ((lane & 3) == 0) reinterpret_cast<float2*>(part)[set * 8 + lane / 4] = factors;
 }
 
 // Items without tokens: output 0, lse +inf.

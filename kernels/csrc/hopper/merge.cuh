@@ -22,6 +22,12 @@ struct Split {
   int mine;   // which part this CTA computed
 };
 
+// Which of all CTAs' parts is the item's `part`: the first is the last work of its CTA (slot 1), every other the first work of
+// its CTA (slot 0).
+__device__ __forceinline__ int part_index(const Params& params, const Split& split, int part) {
+  return 2 * (split.head + part * params.m_tiles) + (part == 0);
+}
+
 // One half of a part is in the workspace; says so once each of its 128 threads has stored. `head` as in Split.
 __device__ __forceinline__ void announce_part(const Params& params, int head, int half, int thread) {
   named_sync(kStoredBarrier + half, 128);
@@ -46,8 +52,7 @@ __device__ __forceinline__ void leave_counters(const Params& params, const Split
 }
 
 // Weight of every part for every row, exp2(maximum of the part - maximum) / denominator, into `weights`
-// [parts, kWeightStride]; the item's first CTA stores lse. The first part of an item is the last work of its CTA
-// (slot 1), every other part the first work of its CTA (slot 0).
+// [parts, kWeightStride]; the item's first CTA stores lse.
 __device__ __forceinline__ void part_weights(const Params& params, const RowTable& table, const Split& split, int thread,
                                              float* weights) {
   const int rows = params.row_groups * 16;
@@ -59,7 +64,7 @@ __device__ __forceinline__ void part_weights(const Params& params, const RowTabl
     if (part >= stride) part = split.parts;
 #pragma unroll 8
     for (; part < split.parts; part += stride) {
-      const float2 stat = __ldcg(params.stats + (2 * (split.head + part * params.m_tiles) + (part == 0)) * 64 + row);
+      const float2 stat = __ldcg(params.stats + part_index(params, split, part) * 64 + row);
       weights[part * kWeightStride + row] = stat.x;
       sums[part * kWeightStride + row] = stat.y;
     }
@@ -98,19 +103,51 @@ __device__ __forceinline__ void part_weights(const Params& params, const RowTabl
   if (split.mine == 0 && lane == 0) store_lse(params, table, split.item, row, maximum, sum);
 }
 
-// 16 rows x 32 columns of up to kBatch parts, every `members`-th from `part` on.
+// The first warp of each team of `members` gets the team's sum. All merging warps take part, once in a merge. `exchange`:
+// kChunks * 4 KB of shared memory.
+template <int kChunks>
+__device__ __forceinline__ void add_members(float4 (&sum)[kChunks], float4* exchange, int warp, int member, int members,
+                                            int lane) {
+  float4* mine = exchange + warp * (kChunks * 32) + lane;
+  if (member > 0) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) mine[i * 32] = sum[i];
+  }
+  named_sync(kMergeBarrier, kMergeThreads);
+  if (member > 0) return;
+#pragma unroll 1
+  for (int other = 1; other < members; ++other) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const float4 value = mine[(other * kChunks + i) * 32];
+      sum[i].x += value.x;
+      sum[i].y += value.y;
+      sum[i].z += value.z;
+      sum[i].w += value.w;
+    }
+  }
+}
+
+// A unit of up to kBatch parts, every `members`-th from `part` on.
+template <int kSetUnits>
 struct PartValues {
   static constexpr int kBatch = 4;
-  float4 value[kBatch][4];
+  uint4 value[kBatch][2];
+  float2 factor[kBatch];
 
-  __device__ __forceinline__ void load(const float4* source, int slot, int step, int part, int members, int parts) {
+  // `parts_of`: the first part, as if in slot 0; `slot` and `step` lead to its slot and to the next part.
+  __device__ __forceinline__ void load(const uint4* parts_of, int slot, int step, int unit, int lane, int part, int members,
+                                       int parts) {
+    const uint4* units = parts_of + kFactorElements + unit * kUnitElements + lane;
+    const float2* factors = reinterpret_cast<const float2*>(parts_of) + unit / kSetUnits * 8 + lane / 4;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int p = part + j * members;
       if (p < parts) {
-        const float4* from = source + p * step + (p == 0 ? slot : 0);
+        const int offset = p * step + (p == 0 ? slot : 0);
+        factor[j] = __ldcg(factors + 2 * offset);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) value[j][i] = __ldcg(from + i * 32);
+        for (int i = 0; i < 2; ++i) value[j][i] = __ldcg(units + offset + i * 32);
       }
     }
   }
@@ -120,21 +157,16 @@ struct PartValues {
     for (int j = 0; j < kBatch; ++j) {
       const int p = part + j * members;
       if (p < parts) {
-        const float low = weights[p * kWeightStride];
-        const float high = weights[p * kWeightStride + 8];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sum[i].x += low * value[j][i].x;
-          sum[i].y += low * value[j][i].y;
-          sum[i].z += high * value[j][i].z;
-          sum[i].w += high * value[j][i].w;
-        }
+        const float low = weights[p * kWeightStride] * factor[j].x;
+        const float high = weights[p * kWeightStride + 8] * factor[j].y;
+        add_packed(sum[0], sum[1], value[j][0], low, high);
+        add_packed(sum[2], sum[3], value[j][1], low, high);
       }
     }
   }
 };
 
-// The order of a partial result's elements as store_partial() leaves them: units of four accumulator chunks.
+// The order of a part's elements as store_partial() leaves them: units of four accumulator chunks.
 struct ChunkOrder {
   template <typename T>
   static __device__ __forceinline__ void store(const RowPair<T>& rows, int unit, int lane, const float4 (&sum)[4]) {
@@ -143,15 +175,15 @@ struct ChunkOrder {
   }
 };
 
-// `scratch`: shared memory, 2 * parts * kWeightStride floats and 16 KB. Called by kMergeThreads threads.
-template <typename T, typename Order = ChunkOrder>
+// kSetUnits: units that a warp stored. `scratch`: shared memory, 2 * parts * kWeightStride floats and 16 KB. Called by
+// kMergeThreads threads.
+template <typename T, typename Order = ChunkOrder, int kSetUnits = kUnits / 2>
 __device__ __forceinline__ void merge(const Params& params, const RowTable& table, const Split& split, int thread,
                                       float* scratch) {
   const int lane = thread & 31;
   const int warp = thread / 32;
-  // A unit is 16 rows x 32 columns, 4 accumulator chunks. A CTA takes `share` units, a team of warps one at a time, each
-  // warp every `members`-th part of it.
-  const int units = params.row_groups * 16;
+  // A CTA takes `share` units, a team of warps one at a time, each warp every `members`-th part of it.
+  const int units = params.row_groups * kUnits;
   const int share = (units + split.parts - 1) / split.parts;
   const int begin = min(split.mine * share, units);
   const int count = min(share, units - begin);
@@ -159,16 +191,17 @@ __device__ __forceinline__ void merge(const Params& params, const RowTable& tabl
   const int member = warp & (members - 1);
   const int team = warp / members;
   const int teams = 8 / members;
-  const int slot = slot_elements(params);
+  const int slot = part_elements(params.row_groups);
   const int step = 2 * params.m_tiles * slot;  // from part to part
-  const float4* source = params.partial + 2 * split.head * slot + (begin + team) * 128 + lane;
+  const uint4* source = part_at(params, 2 * split.head);
   float4* exchange = reinterpret_cast<float4*>(scratch + (2 * split.parts * kWeightStride + 3) / 4 * 4);
 
   if (thread == 0) await_parts(params, split);
   MLA_TRACE(11);
   named_sync(kMergeBarrier, kMergeThreads);
-  PartValues values;
-  if (team < count) values.load(source, slot, step, member, members, split.parts);  // on their way while weights are made
+  PartValues<kSetUnits> values;
+  // On their way while weights are made.
+  if (team < count) values.load(source, slot, step, begin + team, lane, member, members, split.parts);
   part_weights(params, table, split, thread, scratch);
   named_sync(kMergeBarrier, kMergeThreads);
   MLA_TRACE(13);
@@ -177,7 +210,7 @@ __device__ __forceinline__ void merge(const Params& params, const RowTable& tabl
   for (int first = 0; first < count; first += teams) {
     const int unit = begin + first + team;
     const bool active = first + team < count;
-    const int row = unit / 16 * 16 + lane / 4;
+    const int row = unit / kUnits * 16 + lane / 4;
     float4 sum[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -186,34 +219,15 @@ __device__ __forceinline__ void merge(const Params& params, const RowTable& tabl
 #pragma unroll 1
       while (true) {
         values.add(sum, scratch + row, part, members, split.parts);
-        part += PartValues::kBatch * members;
+        part += PartValues<kSetUnits>::kBatch * members;
         if (part >= split.parts) break;
-        values.load(source, slot, step, part, members, split.parts);
+        values.load(source, slot, step, unit, lane, part, members, split.parts);
       }
-      source += teams * 128;
-      if (first + teams + team < count) values.load(source, slot, step, member, members, split.parts);
+      if (first + teams + team < count) values.load(source, slot, step, unit + teams, lane, member, members, split.parts);
     }
-    if (members > 1) {
-      named_sync(kMergeBarrier, kMergeThreads);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) exchange[(warp * 4 + i) * 32 + lane] = sum[i];
-      named_sync(kMergeBarrier, kMergeThreads);
-      if (member == 0) {
-#pragma unroll 1
-        for (int other = 1; other < members; ++other) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float4 value = exchange[((warp + other) * 4 + i) * 32 + lane];
-            sum[i].x += value.x;
-            sum[i].y += value.y;
-            sum[i].z += value.z;
-            sum[i].w += value.w;
-          }
-        }
-      }
-    }
+    if (members > 1) add_members(sum, exchange, warp, member, members, lane);
     if (active && member == 0) {
-      Order::store(RowPair<T>(params, table, split.item, row), unit % 16, lane, sum);
+      Order::store(RowPair<T>(params, table, split.item, row), unit % kUnits, lane, sum);
     }
   }
   MLA_TRACE(14);

@@ -19,7 +19,8 @@ constexpr uint64_t kCounterBytes = 2 * kMaxCtas * sizeof(uint32_t);
 
 uint64_t align(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 uint64_t stats_bytes(int ctas) { return align(uint64_t(ctas) * 2 * 64 * sizeof(float2)); }
-uint64_t partial_bytes(int ctas, int groups) { return uint64_t(ctas) * 2 * groups * (2 * 32 * 32 * sizeof(float4)); }
+// Clusters leave theirs unpacked, but are half as many as CTAs at most.
+uint64_t partial_bytes(int ctas, int groups) { return align(uint64_t(ctas) * 2 * part_elements(groups) * sizeof(uint4)); }
 
 Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, const Clusters& clusters, int ctas) {
   Params k = {};

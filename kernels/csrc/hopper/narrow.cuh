@@ -55,12 +55,10 @@ __device__ __forceinline__ void store_part(const Params& params, const Work& wor
   if (work.parts == 1) {
     Operands::store(RowPair<typename Operands::T>(params, table, work.item, g), block * 128 + team * 64, lane, sum.value, inverse);
   } else {
-    float4* part = params.partial + (2 * cta + slot) * slot_elements(params) + (4 * block + 2 * team) * 128 + lane;
+    float value[32];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      part[j * 32] = make_float4(sum.value[j][0] * Operands::kUnit, sum.value[j][1] * Operands::kUnit,
-                                 sum.value[j][2] * Operands::kUnit, sum.value[j][3] * Operands::kUnit);
-    }
+    for (int e = 0; e < 32; ++e) value[e] = sum.value[e / 4][e % 4] * Operands::kUnit;
+    store_partial<8>(params, 2 * cta + slot, 2 * block + team, lane, value);
     if (thread == 0) {
       reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group * params.m_tiles + seat.m_tile, work.parts,
                                                              seat.group - work.head_group};
@@ -262,7 +260,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
     for (int slot = 0; slot < 2; ++slot) {
       const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
       if (split.parts > 0) {
-        merge<T, typename Operands::Order>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kRing));
+        merge<T, typename Operands::Order, 2>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kRing));
       }
     }
   }

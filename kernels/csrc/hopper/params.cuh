@@ -53,7 +53,7 @@ struct Params {
 #ifdef MLA_HOPPER_TRACE
   long long* trace;  // [ctas, 4, 16]: clock of each warpgroup's first thread when it last came by MLA_TRACE(i)
 #endif
-  float4* partial;      // [ctas, 2, row_groups, 2 halves, 32 chunks, 32 lanes]: accumulators in fragment order
+  float4* partial;      // [ctas, 2] parts (epilogue.cuh); of clusters [clusters, 2, 64 chunks, 32 lanes], unpacked
 };
 
 #ifdef MLA_HOPPER_TRACE

@@ -8,7 +8,8 @@
 
 namespace mla_hopper {
 
-constexpr int kUnitBytes = 4 * 32 * static_cast<int>(sizeof(float4));  // 16 rows x 32 columns of a part
+constexpr int kUnitBytes = kUnitElements * static_cast<int>(sizeof(uint4));
+constexpr int kSetUnits = kUnits / 2;  // units with the same factors: a value warp's
 constexpr int kManyParts = 16;  // where items may have so many it is faster (NOTES_hopper.md)
 constexpr int kMostRingParts = kMostParts + 1;
 
@@ -18,10 +19,10 @@ class RingMerge {
  public:
   static constexpr int kRoom = L::kWeights - L::kCache;    // for units of the parts
   static constexpr int kExchange = L::kQuery;              // float4[8 warps, 2, 32 lanes]: shares of a sum
-  static constexpr int kPartWeights = kExchange + 8 * 1024;  // float[2 groups of 16 rows, parts, kStride]
+  static constexpr int kPartWeights = kExchange + 8 * 1024;  // float[2 sets of units, parts, kStride]
   static constexpr int kStride = 17;                       // the 16 rows, and one so that parts differ in banks
   static_assert(kMostRingParts * kUnitBytes <= kRoom, "one unit of all parts must fit");
-  static_assert(kPartWeights + 2 * kMostRingParts * kStride * 4 <= L::kCache, "two groups' weights must fit");
+  static_assert(kPartWeights + 2 * kMostRingParts * kStride * 4 <= L::kCache, "two sets' weights must fit");
 
   __device__ __forceinline__ RingMerge(const Params& params, char* smem, uint32_t base, uint32_t full, int thread)
       : params_(params), smem_(smem), base_(base), full_(full), thread_(thread) {}
@@ -29,7 +30,7 @@ class RingMerge {
   __device__ __forceinline__ void run(const Split& split) {
     fence_async_proxy();
     named_sync(kMergeBarrier, kMergeThreads);  // all are done with the ring
-    const int units = params_.row_groups * 16;
+    const int units = params_.row_groups * kUnits;
     const int share = (units + split.parts - 1) / split.parts;
     const int begin = min(split.mine * share, units);
     const int count = min(share, units - begin);
@@ -71,32 +72,32 @@ class RingMerge {
     __syncwarp();
 #pragma unroll 1
     for (int part = lane; part < split.parts; part += 32) {
-      bulk_copy(base_ + L::kCache + part * bytes, part_of(split, part) + first * 128, bytes, full_, kReadOnce);
+      const uint4* units = part_at(params_, part_index(params_, split, part)) + kFactorElements;
+      bulk_copy(base_ + L::kCache + part * bytes, units + first * kUnitElements, bytes, full_, kReadOnce);
     }
   }
 
-  // The first part of an item is the last work of its CTA (slot 1), every other part the first work of its CTA (slot 0).
-  __device__ __forceinline__ int slot_of(const Split& split, int part) const {
-    return 2 * (split.head + part * params_.m_tiles) + (part == 0);
-  }
-  __device__ __forceinline__ const float4* part_of(const Split& split, int part) const {
-    return params_.partial + slot_of(split, part) * slot_elements(params_);
-  }
-
-  // Weight of every part, exp2(its maximum - the largest) / denominator, for the rows of the units: 16 threads a row.
+  // Weight of every part, exp2(its maximum - the largest) / denominator, times what undoes its packing, for the rows of the
+  // units: 16 threads a row.
   __device__ __forceinline__ void part_weights(const Split& split, int begin, int count) const {
     constexpr int kEach = (kMostRingParts + 15) / 16;  // parts that a thread looks at
     const int row = thread_ / 16, lane = thread_ & 15;
     float* weights = reinterpret_cast<float*>(smem_ + kPartWeights) + row;
 #pragma unroll 1
-    for (int group = begin / 16; group * 16 < begin + count; ++group, weights += split.parts * kStride) {
+    for (int set = begin / kSetUnits; set * kSetUnits < begin + count; ++set, weights += split.parts * kStride) {
+      const int group = set / 2;  // of rows
       float2 stat[kEach];
+      float factor[kEach];
       float maximum = -INFINITY;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int part = lane + 16 * i;
         stat[i] = make_float2(-INFINITY, 0.f);
-        if (part < split.parts) stat[i] = __ldcg(params_.stats + slot_of(split, part) * 64 + group * 16 + row);
+        if (part < split.parts) {
+          const int index = part_index(params_, split, part);
+          stat[i] = __ldcg(params_.stats + index * 64 + group * 16 + row);
+          factor[i] = __ldcg(reinterpret_cast<const float*>(part_at(params_, index)) + set * 16 + row % 8 * 2 + row / 8);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kEach; ++i) maximum = fmaxf(maximum, stat[i].x);
@@ -115,10 +116,10 @@ class RingMerge {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int part = lane + 16 * i;
-        if (part < split.parts) weights[part * kStride] = stat[i].x * inverse;
+        if (part < split.parts) weights[part * kStride] = stat[i].x * inverse * factor[i];
       }
       // Of the CTAs that share a row group, the one with its first unit.
-      if (lane == 0 && group * 16 >= begin) {
+      if (lane == 0 && set % 2 == 0 && set * kSetUnits >= begin) {
         store_lse(params_, row_table<L>(smem_), split.item, group * 16 + row, maximum, sum);
       }
     }
@@ -131,51 +132,21 @@ class RingMerge {
     const int members = count > 2 ? 1 : (count > 1 ? 2 : 4);
     const int member = warp & (members - 1);
     const int step = count * (kUnitBytes / 16);  // from part to part
-    const float4* parts = reinterpret_cast<const float4*>(smem_ + L::kCache) + lane;
+    const uint4* parts = reinterpret_cast<const uint4*>(smem_ + L::kCache) + lane;
 #pragma unroll 1
     for (int half = warp / members; half < 2 * count; half += 8 / members) {
       const int unit = first + half / 2;
       const float* weight = reinterpret_cast<const float*>(smem_ + kPartWeights) +
-                            (unit / 16 - begin / 16) * split.parts * kStride + lane / 4;
+                            (unit / kSetUnits - begin / kSetUnits) * split.parts * kStride + lane / 4;
       float4 sum[2] = {make_float4(0.f, 0.f, 0.f, 0.f), make_float4(0.f, 0.f, 0.f, 0.f)};
 #pragma unroll 4
       for (int part = member; part < split.parts; part += members) {
-        const float low = weight[part * kStride], high = weight[part * kStride + 8];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float4 value = parts[part * step + half * 64 + i * 32];
-          sum[i].x += low * value.x;
-          sum[i].y += low * value.y;
-          sum[i].z += high * value.z;
-          sum[i].w += high * value.w;
-        }
+        add_packed(sum[0], sum[1], parts[part * step + half * 32], weight[part * kStride], weight[part * kStride + 8]);
       }
-      if (members > 1) add_members(sum, warp, member, members, lane);
+      if (members > 1) add_members(sum, reinterpret_cast<float4*>(smem_ + kExchange), warp, member, members, lane);
       if (member == 0) {
-        const RowPair<T> rows(params_, row_table<L>(smem_), split.item, unit / 16 * 16 + lane / 4);
-        rows.store(unit % 16 * 32 + (half & 1) * 16, lane, sum[0], sum[1]);
-      }
-    }
-  }
-
-  // The team's first warp gets the sum. No warp has a second turn then.
-  __device__ __forceinline__ void add_members(float4 (&sum)[2], int warp, int member, int members, int lane) const {
-    float4* exchange = reinterpret_cast<float4*>(smem_ + kExchange) + warp * 64 + lane;
-    if (member > 0) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) exchange[i * 32] = sum[i];
-    }
-    named_sync(kMergeBarrier, kMergeThreads);
-    if (member > 0) return;
-#pragma unroll 1
-    for (int other = 1; other < members; ++other) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float4 value = exchange[other * 64 + i * 32];
-        sum[i].x += value.x;
-        sum[i].y += value.y;
-        sum[i].z += value.z;
-        sum[i].w += value.w;
+        const RowPair<T> rows(params_, row_table<L>(smem_), split.item, unit / kUnits * 16 + lane / 4);
+        rows.store(unit % kUnits * 32 + (half & 1) * 16, lane, sum[0], sum[1]);
       }
     }
   }

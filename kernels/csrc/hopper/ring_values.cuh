@@ -130,7 +130,7 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
                       {inverse.low, inverse.high});
       MLA_TRACE(7);
     } else {
-      store_partial(params, blockIdx.x, done.slot, warp, half, lane_index(), o);
+      if (warp < params.row_groups) store_partial<32>(params, 2 * blockIdx.x + done.slot, warp * 2 + half, lane_index(), o);
       MLA_TRACE(7);
       announce_part(params, done.head, half, thread_index() & 127);
       MLA_TRACE(8);

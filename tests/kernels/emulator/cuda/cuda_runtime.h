@@ -45,6 +45,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 constexpr int min(int a, int b) { return a < b ? a : b; }
 constexpr int max(int a, int b) { return a > b ? a : b; }
+constexpr unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+constexpr unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 
 // Warp functions.
 template <typename T>
@@ -105,6 +107,11 @@ inline uint32_t atomicAdd(uint32_t* address, uint32_t value, emulator::Place pla
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __frcp_rn(float x) { return 1.f / x; }
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   memcpy(&bits, &x, 4);
