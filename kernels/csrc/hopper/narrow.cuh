@@ -215,7 +215,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   const int lane = threadIdx.x & 31;
   const NarrowBarriers<L> barriers(base + L::kBarriers);
   MLA_TRACE(0);
-  const int first_length = Schedule::first_length(params, lane);
+  const Schedule::FirstLengths first_lengths(params, lane);
   if (warp == 0) {
     if (lane == 0) barriers.init();
     if (lane < 2) reinterpret_cast<Split*>(smem + L::kSplits)[lane].parts = 0;
@@ -234,7 +234,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   const int cluster = blockIdx.x / kCtas;
   const int group = cluster / params.m_tiles;
   const Seat seat = {group, cluster - group * params.m_tiles};
-  Schedule schedule(params, group, lane, first_length);
+  Schedule schedule(params, group, lane, first_lengths);
   MLA_TRACE(2);
   if (warp >= 8) {
     shrink_registers<kProducerRegisters>();

@@ -63,20 +63,32 @@ class Divisor {
 // Every warp of a CTA walks its own copy; all members are uniform over the warp except `lane_length`.
 class Schedule {
  public:
-  // The length that the constructor needs first: asked for early, memory answers while other things are made ready.
-  static __device__ __forceinline__ int first_length(const Params& params, int lane) {
-    return lane < params.batch ? params.lengths[lane] : 0;
-  }
+  // The lengths that the constructor needs first: all asked for at once, and early, memory answers while other things are
+  // made ready.
+  struct FirstLengths {
+    static constexpr int kCount = 4;
+    int value[kCount];  // of items lane + 32 i
+    __device__ __forceinline__ FirstLengths(const Params& params, int lane) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) value[i] = lane + 32 * i < params.batch ? params.lengths[lane + 32 * i] : 0;
+    }
+  };
 
   __device__ __forceinline__ Schedule(const Params& params, int group, int lane)
-      : Schedule(params, group, lane, first_length(params, lane)) {}
+      : Schedule(params, group, lane, FirstLengths(params, lane)) {}
 
-  __device__ __forceinline__ Schedule(const Params& params, int group, int lane, int first_length)
-      : params_(params), lane_(lane), lane_length_(clamped(first_length)) {
-    int total = tile_count(lane_length_);
-    int longest = total, shortest = lane < params.batch ? total : 1 << 30;
+  __device__ __forceinline__ Schedule(const Params& params, int group, int lane, const FirstLengths& first)
+      : params_(params), lane_(lane), lane_length_(clamped(first.value[0])) {
+    int total = 0, longest = 0, shortest = 1 << 30;
+#pragma unroll
+    for (int i = 0; i < FirstLengths::kCount; ++i) {
+      const int tiles = tile_count(clamped(first.value[i]));
+      total += tiles;
+      longest = max(longest, tiles);
+      if (lane + 32 * i < params.batch) shortest = min(shortest, tiles);
+    }
 #pragma unroll 1
-    for (int i = lane + 32; i < params.batch; i += 32) {
+    for (int i = lane + 32 * FirstLengths::kCount; i < params.batch; i += 32) {
       const int tiles = tile_count(item_length(i));
       total += tiles;
       longest = max(longest, tiles);
