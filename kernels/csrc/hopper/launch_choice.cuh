@@ -156,9 +156,10 @@ inline void choose_pieces(Params& k, const mla_decode_params& p, const RowTiles&
   k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 8);
   const bool alone = k.m_tiles == 1 && clusters.size == 1;
   // Half of the multiprocessors keep up with memory where a tile is read once, if it need not be unpacked.
-  const bool ring = tiles.rows == kTileRows && p.kv_dtype != MLA_DTYPE_FP8_DS_MLA;
-  k.half_below = tuned("MLA_HOPPER_HALF_BELOW", ring && alone ? 1536 : 0);
-  k.whole_below = tuned("MLA_HOPPER_WHOLE_BELOW", ring ? (alone ? 64 : 8) : (alone ? 16 : 0));
+  const bool unpacks = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  const bool ring = tiles.rows == kTileRows;
+  k.half_below = tuned("MLA_HOPPER_HALF_BELOW", !unpacks && ring && alone ? 1536 : 0);
+  k.whole_below = tuned("MLA_HOPPER_WHOLE_BELOW", unpacks ? 0 : ring ? (alone ? 64 : 8) : (alone ? 16 : 0));
 }
 
 }  // namespace mla_hopper
