@@ -15,6 +15,7 @@ namespace mla_hopper {
 constexpr int kPairBytes = 2 * kSlabBytes;
 constexpr int kTilePairs = 4;
 __host__ __device__ constexpr int pair_slab(int pair) { return 4 * (pair & 1) + 2 * (pair >> 1); }
+__host__ __device__ constexpr int slab_pair(int slab) { return (slab >> 2 & 1) + (slab & 2); }  // the pair that a slab is in
 
 // Byte offsets from a base aligned to 1024, the swizzle's period.
 // kHeldPairsOf: pairs of query slabs that live in registers: shared memory's bandwidth is what the tensor cores wait for.

@@ -36,6 +36,29 @@ __device__ __forceinline__ void feed_held_query(const Params& params, const CUte
   }
 }
 
+// A tile all at once, in the order of memory, which is faster there; but its first pieces wait for the last one's place. One
+// warp, a lane for each slab.
+template <typename L>
+__device__ __forceinline__ void feed_tile(const CUtensorMap* map, const RingBarriers<L>& barriers, RingPosition<L>& position,
+                                          uint32_t rope_parity, uint32_t base, int page, uint64_t policy, int lane) {
+  const RingPosition<L> first = position;
+#pragma unroll 1
+  for (int pair = 0; pair < kTilePairs; ++pair) {
+    mbarrier_wait(barriers.empty(position.slot), position.parity ^ 1);
+    if (lane == 0) mbarrier_expect(barriers.full(position.slot), kPairBytes);
+    position.advance(1);
+  }
+  mbarrier_wait(barriers.rope_empty(), rope_parity);
+  if (lane == 0) mbarrier_expect(barriers.rope_full(), kSlabBytes);
+  __syncwarp();
+  if (lane < kSlabs) {
+    const RingPosition<L> mine = first.ahead(slab_pair(lane));
+    const bool rope = lane == kSlabs - 1;
+    const uint32_t to = rope ? base + L::kRope : mine.address(base) + (lane & 1) * kSlabBytes;
+    tensor_copy(to, map, rope ? barriers.rope_full() : barriers.full(mine.slot), lane * kColumns, 0, page, policy);
+  }
+}
+
 template <typename L>
 __device__ __forceinline__ void feed_ring(const Params& params, const CUtensorMap* query_map, const CUtensorMap* cache_map,
                                           Schedule& schedule, const RingBarriers<L>& barriers, uint32_t base, int m_tile,
@@ -53,16 +76,20 @@ __device__ __forceinline__ void feed_ring(const Params& params, const CUtensorMa
       const int within = (t - work.first) & 31;
       if (within == 0 && t > work.first) mine = t + lane < work.last ? pages[t + lane] : 0;
       const int page = __shfl_sync(kAllLanes, mine, within);
+      if (schedule.shared_by_all) {
+        feed_tile(cache_map, barriers, position, rope_parity, base, page, policy, lane);
+      } else {
 #pragma unroll 1
-      for (int pair = 0; pair < kTilePairs; ++pair) {
-        feed_piece(cache_map, barriers, position, base, pair_slab(pair) * kColumns, 0, page, kSlabBytes, policy, lane);
+        for (int pair = 0; pair < kTilePairs; ++pair) {
+          feed_piece(cache_map, barriers, position, base, pair_slab(pair) * kColumns, 0, page, kSlabBytes, policy, lane);
+        }
+        mbarrier_wait(barriers.rope_empty(), rope_parity);
+        if (lane == 0) {
+          mbarrier_expect(barriers.rope_full(), kSlabBytes);
+          tensor_copy(base + L::kRope, cache_map, barriers.rope_full(), kLatent, 0, page, policy);
+        }
       }
-      mbarrier_wait(barriers.rope_empty(), rope_parity);
       rope_parity ^= 1;
-      if (lane == 0) {
-        mbarrier_expect(barriers.rope_full(), kSlabBytes);
-        tensor_copy(base + L::kRope, cache_map, barriers.rope_full(), kLatent, 0, page, policy);
-      }
     }
   }
 }

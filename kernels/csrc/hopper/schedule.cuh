@@ -108,6 +108,7 @@ class Schedule {
       const bool in_two = 3 * params.batch > groups && longest * params.batch <= total + total / 4;
       if (total <= params.half_below || (in_two && longest <= params.whole_below)) groups /= 2;
     }
+    shared_by_all = params.m_tiles == 1 && groups == params.groups;
     const Divisor all_groups(groups);
     per_group_ = max(all_groups.ceil(total), least);
     if (params.batch <= groups) {
@@ -161,6 +162,7 @@ class Schedule {
   }
 
   bool has_empty_items;
+  bool shared_by_all;  // every group has a share of the tiles, and reads it alone: memory is the limit by far
 
  private:
   __device__ __forceinline__ int clamped(int length) const { return max(0, min(length, params_.max_length)); }
