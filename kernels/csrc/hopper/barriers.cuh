@@ -15,14 +15,6 @@ struct Barriers {
   __device__ __forceinline__ uint32_t raw_full(uint32_t slot) const { return query_full() + 16 + 8 * slot; }
 };
 
-// Moves the beginning of dynamic shared memory on to the alignment of the swizzle's period; its 32-bit address.
-__device__ __forceinline__ uint32_t align_shared(char*& smem) {
-  const uint32_t unaligned = shared_address(smem);
-  const uint32_t base = (unaligned + 1023) & ~1023u;
-  smem += base - unaligned;
-  return base;
-}
-
 }  // namespace mla_hopper
 
 #endif  // MLA_HOPPER_BARRIERS_CUH_

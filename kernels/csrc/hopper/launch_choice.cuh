@@ -10,6 +10,7 @@
 #include "device.h"
 #include "mla_decode.h"
 #include "narrow.cuh"
+#include "narrow_cluster_kernel.cuh"
 #include "ring_kernel.cuh"
 
 namespace mla_hopper {
@@ -69,16 +70,17 @@ Variant ring(bool many_parts) {
 template <typename Operands, int kCtas>
 Variant narrow_cluster() {
   using L = NarrowLayout<Operands::kStepBytes, kCtas>;
-  return {mla_decode_narrow_kernel<Operands, kCtas>, L::kThreads, L::kRequest, Operands::kStepTokens, kCtas};
+  return {mla_decode_narrow_cluster_kernel<Operands, kCtas>, L::kThreads, L::kBytes, Operands::kStepTokens, kCtas};
 }
 
 template <typename Operands>
 Variant narrow(int cluster) {
+  using L = typename Operands::L;
   switch (cluster) {
     case 2: return narrow_cluster<Operands, 2>();
     case 4: return narrow_cluster<Operands, 4>();
     case 8: return narrow_cluster<Operands, 8>();
-    default: return narrow_cluster<Operands, 1>();
+    default: return {mla_decode_narrow_kernel<Operands>, L::kThreads, L::kBytes, Operands::kStepTokens};
   }
 }
 
@@ -90,28 +92,30 @@ inline Variant choose(int32_t q_dtype, bool fp8, bool few_rows, int cluster, boo
   return few_rows ? narrow<Narrow16bit<__half>>(cluster) : ring<__half>(many_parts);
 }
 
-// CTAs that share an item's tiles and merge through each other's shared memory, and how many such clusters fit on the
-// device at once: fewer than multiprocessors would make, whose groups have different sizes.
+// CTAs that share an item's tiles and merge through each other's shared memory: clusters of `size`, `each` of them for 16
+// query rows of an item. With a size of 1 there are none.
 struct Clusters {
-  int size, count;
+  int size, each;
 };
 
+// How many such clusters fit on the device at once: fewer than multiprocessors would make, whose groups have different
+// sizes.
 template <int kCtas>
 int count_clusters() {
-  using L = NarrowLayout<Narrow16bit<__half>::kStepBytes, kCtas>;
-  const auto kernel = mla_decode_narrow_kernel<Narrow16bit<__half>, kCtas>;
+  const Variant variant = narrow_cluster<Narrow16bit<__half>, kCtas>();
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {kCtas, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kCtas);
-  config.blockDim = dim3(L::kThreads);
-  config.dynamicSmemBytes = L::kRequest;
+  config.blockDim = dim3(variant.threads);
+  config.dynamicSmemBytes = variant.shared_bytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
   int count = 0;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kRequest);
-  if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(variant.function), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       variant.shared_bytes);
+  if (cudaOccupancyMaxActiveClusters(&count, variant.function, &config) != cudaSuccess) {
     cudaGetLastError();
     return 0;
   }
@@ -127,34 +131,32 @@ inline int clusters_at_once(const Device& device, int size) {
   return count - 1;
 }
 
-// The fewest tiles of an item that are worth a second cluster.
-inline int least_tiles(int cluster) { return cluster == 1 ? 1 : (cluster == 2 ? 8 : 16); }
-
 // The largest clusters of which each item's rows get one, or several. Clusters merge sooner, but leave multiprocessors idle
 // and have fewer tiles on their way to each, so that they pay (NOTES_hopper.md) when one takes an item as a whole, or when
 // those of 8 are evenly shared and no CTA has many tiles.
 inline Clusters choose_clusters(const mla_decode_params& p, const RowTiles& tiles, const Device& device) {
-  const Clusters none = {1, device.ctas};
+  const Clusters none = {1, 0};
   if (tiles.rows != kNarrowRows) return none;
   for (int size = tuned("MLA_HOPPER_CLUSTER", kMostCluster); size > 1; size /= 2) {
-    const Clusters clusters = {size, clusters_at_once(device, size)};
-    const int groups = clusters.count / tiles.count;
+    const int groups = clusters_at_once(device, size) / tiles.count;
     const int each = groups / p.batch;
     if (each == 0) continue;
     const int most = p.max_blocks_per_seq - 1;  // pages of an item: callers' tables have a column to spare
-    const bool whole = most <= least_tiles(size) && (size > 2 || each == 1 || tiles.count == 1);
+    const int enough = tuned("MLA_HOPPER_CLUSTER_TILES", size == 2 ? 8 : 16);  // for one, beside another
+    const bool whole = most <= enough && (size > 2 || each == 1 || tiles.count == 1);
     const bool even = size == 8 && 10 * each * p.batch >= 9 * groups && most <= 5 * size * each;
-    return whole || even ? clusters : none;
+    if (!whole && !even) return none;
+    return {size, std::max(1, std::min(each, ceil_div(most, enough)))};
   }
   return none;
 }
 
 // How the schedule (schedule.cuh) cuts the line of tiles into pieces.
-inline void choose_pieces(Params& k, const mla_decode_params& p, const RowTiles& tiles, const Clusters& clusters) {
+inline void choose_pieces(Params& k, const mla_decode_params& p, const RowTiles& tiles) {
   k.most_parts = tuned("MLA_HOPPER_MOST_PARTS", k.row_groups == 1 ? 96 : (k.row_groups == 2 ? 48 : 24));
-  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", least_tiles(clusters.size));
+  k.min_tiles = tuned("MLA_HOPPER_MIN_TILES", 1);
   k.split_cost = tuned("MLA_HOPPER_SPLIT_COST", 8);
-  const bool alone = k.m_tiles == 1 && clusters.size == 1;
+  const bool alone = k.m_tiles == 1;
   // Half of the multiprocessors keep up with memory where a tile is read once, if it need not be unpacked.
   const bool unpacks = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
   const bool ring = tiles.rows == kTileRows;

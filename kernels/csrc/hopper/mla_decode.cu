@@ -29,9 +29,10 @@ Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, const Cl
   k.h_q = p.h_q;
   k.rows = p.s_q * p.h_q;
   k.m_tiles = tiles.count;
-  k.groups = clusters.count / k.m_tiles;
+  k.groups = ctas / k.m_tiles;
+  k.shares = clusters.size * clusters.each;
   k.row_groups = tiles.groups;
-  choose_pieces(k, p, tiles, clusters);
+  choose_pieces(k, p, tiles);
   k.causal = p.causal;
   k.max_length = static_cast<int>(std::min<int64_t>(int64_t(p.max_blocks_per_seq) * kTileTokens, 1 << 30));
   k.negative = p.softmax_scale < 0.f;
@@ -116,9 +117,9 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
-  const int ctas = variant.cluster > 1 ? kernel.groups * kernel.m_tiles * variant.cluster : device.ctas;
+  const dim3 grid = variant.cluster > 1 ? dim3(kernel.shares, kernel.m_tiles, kernel.batch) : dim3(device.ctas);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(ctas);
+  config.gridDim = grid;
   config.blockDim = dim3(variant.threads);
   config.dynamicSmemBytes = variant.shared_bytes;
   config.stream = static_cast<cudaStream_t>(p.stream);
@@ -127,8 +128,8 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   if (result == cudaSuccess) result = cudaLaunchKernelEx(&config, variant.function, kernel, query_map, cache_map);
   if (result != cudaSuccess) {
     cudaGetLastError();
-    return fail(MLA_ERROR_RUNTIME, "launch of %d CTAs with %d bytes of shared memory each failed: %s", ctas,
-                variant.shared_bytes, cudaGetErrorString(result));
+    return fail(MLA_ERROR_RUNTIME, "launch of %u CTAs with %d bytes of shared memory each failed: %s",
+                grid.x * grid.y * grid.z, variant.shared_bytes, cudaGetErrorString(result));
   }
   return MLA_OK;
 }

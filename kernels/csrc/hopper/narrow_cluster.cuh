@@ -7,7 +7,7 @@
 #include "epilogue.cuh"
 #include "narrow_layout.cuh"
 #include "narrow_teams.cuh"
-#include "schedule.cuh"
+#include "narrow_pack.cuh"
 
 namespace mla_hopper {
 
@@ -36,8 +36,8 @@ struct RowPairSum {
 
 // The sum over the clusters that work on an item, once each has left its own in the workspace.
 __device__ __forceinline__ RowPairSum add_clusters(const float4* values, const float2* stats, int values_step, int stats_step,
-                                                   int values_slot, int stats_slot, int parts) {
-  constexpr int kBatch = 4;  // parts asked for at once
+                                                   int parts) {
+  constexpr int kBatch = 8;  // parts asked for at once
   RowPairSum sum;
 #pragma unroll 1
   for (int part = 0; part < parts; part += kBatch) {
@@ -46,10 +46,9 @@ __device__ __forceinline__ RowPairSum add_clusters(const float4* values, const f
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int p = min(part + j, parts - 1);
-      const float2* from = stats + p * stats_step + (p == 0 ? stats_slot : 0);
-      stat[j][0] = __ldcg(from);
-      stat[j][1] = __ldcg(from + 8);
-      value[j] = __ldcg(values + p * values_step + (p == 0 ? values_slot : 0));
+      stat[j][0] = __ldcg(stats + p * stats_step);
+      stat[j][1] = __ldcg(stats + p * stats_step + 8);
+      value[j] = __ldcg(values + p * values_step);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -72,6 +71,11 @@ __device__ __forceinline__ RowPairSum add_clusters(const float4* values, const f
   return sum;
 }
 
+// Where a CTA stands: which of the item's tiles are its own (`share` and every `shares`-th after it), which query rows.
+struct ClusterSeat {
+  int share, m_tile, item;
+};
+
 // A CTA's share of a cluster's columns, in units of 8 (16 rows x 8 columns: 32 float4 as a warp's accumulators lie). A warp
 // takes two units and 4 of the 8 row pairs at a time.
 template <typename Operands, int kCtas>
@@ -81,70 +85,87 @@ class ClusterMerge {
 
  public:
   __device__ __forceinline__ ClusterMerge(const Params& params, const NarrowBarriers<L>& barriers, char* smem, uint32_t base,
-                                          const Seat& seat, int thread)
-      : params_(params), barriers_(barriers), smem_(smem), base_(base), seat_(seat), thread_(thread) {}
-
-  // All CTAs may send again.
-  __device__ __forceinline__ void received() const {
-    const int lane = thread_ & 31;
-    __syncwarp();
-    if (lane < kCtas) mbarrier_arrive_cluster(cluster_address(barriers_.received(), lane));
+                                          const ClusterSeat& seat, int length, int thread)
+      : params_(params), barriers_(barriers), smem_(smem), base_(base), seat_(seat), thread_(thread) {
+    const int tiles = (length + kTileTokens - 1) / kTileTokens;
+    parts_ = max(1, min(params.shares, tiles + kCtas - 1) / kCtas);
   }
 
-  // Sends each CTA its columns of this one's part.
+  // Whether this cluster has any of the item's tiles, or stores the result of an item without tokens.
+  __device__ __forceinline__ bool has_part() const { return part() < parts_; }
+
+  // Sends each CTA its columns of this one's sums; first what the sums are weighted by.
   __device__ __forceinline__ void send(const TeamsSum& sum) const {
     const int lane = thread_ & 31;
     const int first = 16 * (thread_ / 32 & 3) + 8 * (thread_ / 128);  // unit
     const int peer = first / L::kUnits, unit = first % L::kUnits;
     const int rank = cluster_rank();
-    const uint32_t barrier = cluster_address(barriers_.sent(), peer);
-    const uint32_t to = cluster_address(base_ + L::kSentSums + (rank * L::kUnits + unit) * 512 + lane * 16, peer);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float(&v)[4] = sum.value[j];
-      store_cluster(to + j * 512, make_float4(v[0], v[1], v[2], v[3]), barrier);
-    }
     if (unit == 0 && (lane & 3) == 0) {
+      const uint32_t barrier = cluster_address(barriers_.totals_sent(), peer);
       const uint32_t totals = cluster_address(base_ + L::kSentTotals + (rank * L::kRows + lane / 4) * 8, peer);
 #pragma unroll
       for (int i = 0; i < 2; ++i) store_cluster(totals + 64 * i, make_float2(sum.maximum[i], sum.total[i]), barrier);
     }
+    const uint32_t barrier = cluster_address(barriers_.sums_sent(), peer);
+    const uint32_t to = cluster_address(base_ + L::kSentSums + (rank * L::kUnits + unit) * 256 + lane * 16, peer);
+    const PackScale scale = PackScale::of(sum.value);
+    if (lane == 0) {
+      store_cluster(cluster_address(base_ + L::kSentFactors + (unit / 8 * kCtas + rank) * 4, peer), scale.from, barrier);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) store_cluster(to + j * 256, pack_chunks(sum.value[j], scale.to, scale.to), barrier);
   }
 
-  // Adds up what was sent. `phase`: parity of the number of items before this one.
-  __device__ __forceinline__ void add(const Work& work, uint32_t phase) const {
+  // Adds up what was sent.
+  __device__ __forceinline__ void add() const {
     const int lane = thread_ & 31;
     const RowTable table = row_table<L>(smem_);
-    mbarrier_wait_cluster(barriers_.sent(), phase);
-    MLA_TRACE_IN(params_, 8);
-    if (thread_ == 0) mbarrier_expect(barriers_.sent(), L::kSentBytes);
+    const RowPair<T> rows(params_, table, seat_.item, row(lane));
+    mbarrier_wait_cluster(barriers_.totals_sent(), 0);
     RowPairSum sum[kRounds];
     float weight[kCtas][2];
     add_totals(sum[0], weight);
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) inverse[i] = inverse_of(sum[0].total[i]);
+    if (parts_ == 1) store_statistics(table, lane, sum[0]);
+    MLA_TRACE_IN(params_, 10);
+    mbarrier_wait_cluster(barriers_.sums_sent(), 0);
+    MLA_TRACE_IN(params_, 8);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       if (round > 0) sum[round] = sum[0].totals();
-      const uint32_t values = base_ + L::kSentSums + local_element(round, lane) * 16;
-      float4 value[kCtas];
+      const uint32_t values =
+          base_ + L::kSentSums + (4 * round + warp() / 2) * 512 + row(lane) * 64 + (lane & 3) * 16 + lane / 16 * 8;
+      const uint32_t factors = base_ + L::kSentFactors + round * kCtas * 4;
+      uint32_t packed[kCtas][2];
+      float factor[kCtas];
 #pragma unroll
-      for (int i = 0; i < kCtas; ++i) value[i] = load_shared4(values + i * L::kUnits * 512);
+      for (int i = 0; i < kCtas; ++i) {
+        load_shared(packed[i], values + i * L::kUnits * 256);
+        factor[i] = load_shared<float>(factors + i * 4);
+      }
 #pragma unroll
-      for (int i = 0; i < kCtas; ++i) sum[round].add(weight[i], value[i]);
+      for (int i = 0; i < kCtas; ++i) {
+        const float scaled[2] = {weight[i][0] * factor[i], weight[i][1] * factor[i]};
+        const float2 low = __half22float2(unpacked(packed[i][0])), high = __half22float2(unpacked(packed[i][1]));
+        sum[round].add(scaled, make_float4(low.x, low.y, high.x, high.y));
+      }
     }
     MLA_TRACE_IN(params_, 9);
-    if (work.parts == 1) {
+    if (parts_ == 1) {
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round) store(work, table, round, lane, sum[round]);
-    } else if (leave(work, lane, sum)) {
-      // From a cluster to the item's next.
-      const int values_step = 2 * params_.m_tiles * slot_elements(params_), stats_step = 2 * params_.m_tiles * kCtas * 16;
-      const int head = cluster_of(work.head_group);
-      const float2* stats = params_.stats + (2 * head * kCtas + int(cluster_rank())) * 16 + row(lane);
+      for (int round = 0; round < kRounds; ++round) store(rows, round, lane, sum[round].value, inverse);
+    } else if (leave(lane, sum)) {
+      const float2* stats = params_.stats + (first_cluster() * kCtas + int(cluster_rank())) * kNarrowRows + row(lane);
 #pragma unroll 1
       for (int round = 0; round < kRounds; ++round) {
-        const float4* values = params_.partial + 2 * head * slot_elements(params_) + element(round, lane);
-        store(work, table, round, lane,
-              add_clusters(values, stats, values_step, stats_step, slot_elements(params_), kCtas * 16, work.parts));
+        const float4* values = params_.partial + first_cluster() * slot_elements(params_) + element(round, lane);
+        const RowPairSum all = add_clusters(values, stats, slot_elements(params_), kCtas * kNarrowRows, parts_);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) inverse[i] = inverse_of(all.total[i]);
+        store(rows, round, lane, all.value, inverse);
+        if (round == 0) store_statistics(table, lane, all);
       }
     }
     MLA_TRACE_IN(params_, 11);
@@ -152,17 +173,18 @@ class ClusterMerge {
 
  private:
   static constexpr int kRounds = L::kUnits / 8;
-  static_assert(L::kUnits % 8 == 0, "a warp's columns must all belong to one CTA");
 
-  __device__ __forceinline__ int cluster_of(int group) const { return group * params_.m_tiles + seat_.m_tile; }
+  __device__ __forceinline__ int part() const { return seat_.share / kCtas; }
+  // Of the clusters that share the item's tiles for the same rows.
+  __device__ __forceinline__ int first_cluster() const {
+    return (seat_.item * params_.m_tiles + seat_.m_tile) * (params_.shares / kCtas);
+  }
   __device__ __forceinline__ int warp() const { return thread_ / 32; }
   __device__ __forceinline__ int row(int lane) const { return 4 * (warp() & 1) + (lane / 4 & 3); }
-  // Where the lane's float4 lies among this CTA's columns, and in a part in the workspace.
-  __device__ __forceinline__ int local_element(int round, int lane) const {
-    return (8 * round + warp() / 2 * 2 + lane / 16) * 32 + row(lane) * 4 + (lane & 3);
-  }
+  // Which float4 of the cluster's sums is the lane's.
   __device__ __forceinline__ int element(int round, int lane) const {
-    return int(cluster_rank()) * L::kUnits * 32 + local_element(round, lane);
+    const int unit = int(cluster_rank()) * L::kUnits + 8 * round + warp() / 2 * 2 + lane / 16;
+    return unit * 32 + row(lane) * 4 + (lane & 3);
   }
 
   // The rows' statistics over the cluster, and the factors of its CTAs' sums.
@@ -186,22 +208,22 @@ class ClusterMerge {
   }
 
   // Leaves the cluster's sums in the workspace; whether all others have done so.
-  __device__ __forceinline__ bool leave(const Work& work, int lane, const RowPairSum (&sum)[kRounds]) const {
-    const int part = 2 * cluster_of(seat_.group) + (seat_.group == work.head_group);
+  __device__ __forceinline__ bool leave(int lane, const RowPairSum (&sum)[kRounds]) const {
+    const int cluster = first_cluster() + part();
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      params_.partial[part * slot_elements(params_) + element(round, lane)] = sum[round].value;
+      params_.partial[cluster * slot_elements(params_) + element(round, lane)] = sum[round].value;
     }
     if (warp() < 2 && (lane & 19) == 0) {
-      float2* stats = params_.stats + (part * kCtas + int(cluster_rank())) * 16 + row(lane);
+      float2* stats = params_.stats + (cluster * kCtas + int(cluster_rank())) * kNarrowRows + row(lane);
 #pragma unroll
       for (int i = 0; i < 2; ++i) stats[8 * i] = make_float2(sum[0].maximum[i], sum[0].total[i]);
     }
     uint32_t* flag = reinterpret_cast<uint32_t*>(smem_ + L::kSplits);
     named_sync(kBothTeams, 256);
     if (thread_ == 0) {
-      uint32_t* arrived = params_.arrived + cluster_of(work.head_group) * kCtas + int(cluster_rank());
-      const bool last = add_ordered(arrived) == static_cast<uint32_t>(work.parts - 1);
+      uint32_t* arrived = params_.arrived + first_cluster() * kCtas + int(cluster_rank());
+      const bool last = add_ordered(arrived) == static_cast<uint32_t>(parts_ - 1);
       if (last) *arrived = 0;  // as the next launch expects it
       *flag = last;
     }
@@ -209,27 +231,29 @@ class ClusterMerge {
     return *flag;
   }
 
-  __device__ __forceinline__ void store(const Work& work, const RowTable& table, int round, int lane,
-                                        const RowPairSum& sum) const {
-    const int g = row(lane);
-    float inverse[2];
+  // What the sums of weights times values are multiplied with.
+  static __device__ __forceinline__ float inverse_of(float total) { return total == 0.f ? 0.f : Operands::kUnit * __frcp_rn(total); }
+
+  __device__ __forceinline__ void store(const RowPair<T>& rows, int round, int lane, const float4& value,
+                                        const float (&inverse)[2]) const {
+    Operands::store_unit(rows, element(round, lane) / 32, lane,
+                         make_float4(value.x * inverse[0], value.y * inverse[0], value.z * inverse[1], value.w * inverse[1]));
+  }
+
+  // One lane of the cluster for each row pair.
+  __device__ __forceinline__ void store_statistics(const RowTable& table, int lane, const RowPairSum& sum) const {
+    if (cluster_rank() != 0 || warp() >= 2 || (lane & 19) != 0) return;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) inverse[i] = sum.total[i] == 0.f ? 0.f : Operands::kUnit * __frcp_rn(sum.total[i]);
-    const float4 value = make_float4(sum.value.x * inverse[0], sum.value.y * inverse[0], sum.value.z * inverse[1],
-                                     sum.value.w * inverse[1]);
-    Operands::store_unit(RowPair<T>(params_, table, work.item, g), element(round, lane) / 32, lane, value);
-    if (cluster_rank() == 0 && round == 0 && warp() < 2 && (lane & 19) == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) store_lse(params_, table, work.item, g + 8 * i, sum.maximum[i], sum.total[i]);
-    }
+    for (int i = 0; i < 2; ++i) store_lse(params_, table, seat_.item, row(lane) + 8 * i, sum.maximum[i], sum.total[i]);
   }
 
   const Params& params_;
   const NarrowBarriers<L>& barriers_;
   char* smem_;
   uint32_t base_;
-  const Seat& seat_;
+  const ClusterSeat& seat_;
   int thread_;
+  int parts_;  // clusters that have tiles of the item
 };
 
 }  // namespace mla_hopper

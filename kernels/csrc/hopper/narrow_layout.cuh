@@ -6,6 +6,7 @@
 
 namespace mla_hopper {
 
+constexpr int kMostShared = 232448;  // bytes that a CTA can have
 constexpr int kTeams = 2;
 constexpr int kBothTeams = 1;    // named barriers beside those of barriers.cuh
 constexpr int kTeamBarrier = 2;  // and 3
@@ -18,36 +19,42 @@ constexpr int kProducerRegisters = 40;
 static_assert(kTeams * (kTeamRegisters - kLaunchRegisters) <= kLaunchRegisters - kProducerRegisters,
               "the teams ask for registers that nobody gives back");
 
-// The ring's slots hold a step each, what a team takes at once. A cluster of kCtas needs room for what others send.
+// The ring's slots hold a step each, what a team takes at once: as many as there is room for, which clusters of kCtas need
+// for what others send, too.
 template <int kStepBytesOf, int kCtas = 1>
 struct NarrowLayout {
   static constexpr int kRows = kNarrowRows;
-  static constexpr int kCluster = kCtas;
+  static constexpr int kTableRows = kCtas > 1 ? kRows : kTileRows;  // of RowTable
   static constexpr int kThreads = kTeams * 128 + 128;  // and a warp for the cache, one for the queries, two idle
   static constexpr int kStepBytes = kStepBytesOf;
-  static constexpr int kRawSlots = kCtas > 1 ? 3 : 4;
-  // A team waits for each phase of its barriers, or it could not tell one from the next but one. With an odd number of slots
-  // the teams take turns with a slot, so that it needs a barrier for each.
-  static constexpr int kFull = kRawSlots % kTeams == 0 ? kRawSlots : kTeams * kRawSlots;
   static constexpr int kQuerySlabBytes = kRows * kColumns * 2;
   static constexpr int kExchangeBytes = 4 * 8 * 32 * 16;  // of a team: float4 [4 warps, up to 8, 32 lanes]
   static constexpr int kQuery = 0;
   static constexpr int kExchange = kQuery + kSlabs * kQuerySlabBytes;
-  static constexpr int kRing = kExchange + kTeams * kExchangeBytes;
-  static constexpr int kTotals = kRing + kRawSlots * kStepBytes;  // float2 [teams, 16]: maximum and sum of a row
-  // From each CTA of the cluster: its sums of this one's columns, float4 [kUnits, 32], and its rows' totals, float2 [16].
+  static constexpr int kTotals = kExchange + kTeams * kExchangeBytes;  // float2 [teams, 16]: maximum and sum of a row
+  static constexpr int kSplits = kTotals + kTeams * kRows * 8;
+  static constexpr int kOutRows = kSplits + 32;  // RowTable
+  static constexpr int kLseRows = kOutRows + kTableRows * 8;
+  // From each CTA of the cluster: its sums of this one's columns in 16 bits, uint4 [kUnits / 2, 32], of which each sending
+  // warp has 8 units, its rows' totals, float2 [16], and the warps' factors, float [kUnits / 8].
   static constexpr int kUnits = 64 / kCtas;  // of 8 columns
-  static constexpr int kSentSums = kTotals + kTeams * kRows * 8;
-  static constexpr int kSentTotals = kSentSums + (kCtas > 1 ? kCtas * kUnits * 512 : 0);
-  static constexpr int kSentBytes = kCtas * (kUnits * 512 + kRows * 8);
-  static constexpr int kOutRows = kSentSums + (kCtas > 1 ? kSentBytes : 0);  // RowTable
-  static constexpr int kLseRows = kOutRows + 64 * 8;
-  static constexpr int kSplits = kLseRows + 64 * 4;
-  static constexpr int kBarriers = kSplits + 32;
-  static constexpr int kBytes = kBarriers + (2 + kFull + kRawSlots + kTeams + 2) * 8;
-  static constexpr int kRequest = kBytes + 1024;
-  static_assert(kRequest <= 232448, "more shared memory than a CTA can have");
-  static_assert(kRing % 1024 == 0, "swizzled slabs must be aligned to the swizzle's period");
+  static constexpr int kSenders = kUnits / 8;
+  static_assert(kUnits % 8 == 0, "a warp's columns must all belong to one CTA");
+  static constexpr int kSentTotalBytes = kCtas > 1 ? kCtas * kRows * 8 : 0;
+  static constexpr int kSentSumBytes = kCtas > 1 ? kCtas * (kUnits * 256 + kSenders * 4) : 0;
+  static constexpr int kSentSums = kLseRows + kTableRows * 4;
+  static constexpr int kSentFactors = kSentSums + (kCtas > 1 ? kCtas * kUnits * 256 : 0);
+  static constexpr int kSentTotals = (kSentSums + kSentSumBytes + 7) / 8 * 8;
+  static constexpr int kBarriers = kSentTotals + kSentTotalBytes;
+  static constexpr int kMostBarriers = 2 + 8 + 4 + kTeams + 2;
+  static constexpr int kRing = (kBarriers + kMostBarriers * 8 + 1023) / 1024 * 1024;
+  static constexpr int kRawSlots = kRing + 4 * kStepBytes <= kMostShared ? 4 : 3;
+  // A team waits for each phase of its barriers, or it could not tell one from the next but one. With an odd number of slots
+  // the teams take turns with a slot, so that it needs a barrier for each.
+  static constexpr int kFull = kRawSlots % kTeams == 0 ? kRawSlots : kTeams * kRawSlots;
+  static constexpr int kBytes = kRing + kRawSlots * kStepBytes;
+  static_assert(kBytes <= kMostShared, "more shared memory than a CTA can have");
+  static_assert(kSentSums % 16 == 0, "what is sent in 16 bytes must be aligned to them");
 };
 
 template <typename L>
@@ -58,9 +65,9 @@ struct NarrowBarriers : Barriers<L> {
   static __device__ __forceinline__ uint32_t full_phase(uint32_t step) { return step / L::kFull & 1; }
   __device__ __forceinline__ uint32_t empty(uint32_t slot) const { return this->raw_full(L::kFull + slot); }
   __device__ __forceinline__ uint32_t exchange_empty(int team) const { return empty(L::kRawSlots + team); }
-  // Of a cluster: what its CTAs sent to this one is there; all have read what this one sent.
-  __device__ __forceinline__ uint32_t sent() const { return exchange_empty(kTeams); }
-  __device__ __forceinline__ uint32_t received() const { return sent() + 8; }
+  // Of a cluster: what its CTAs sent to this one is there.
+  __device__ __forceinline__ uint32_t totals_sent() const { return exchange_empty(kTeams); }
+  __device__ __forceinline__ uint32_t sums_sent() const { return totals_sent() + 8; }
 
   __device__ __forceinline__ void init() const {
     mbarrier_init(this->query_full(), 1);
@@ -68,10 +75,13 @@ struct NarrowBarriers : Barriers<L> {
     for (int i = 0; i < L::kFull; ++i) mbarrier_init(full(i), 1);
     for (int slot = 0; slot < L::kRawSlots; ++slot) mbarrier_init(empty(slot), 4);
     for (int team = 0; team < kTeams; ++team) mbarrier_init(exchange_empty(team), 4);
-    mbarrier_init(sent(), 1);
-    mbarrier_init(received(), 4 * kTeams * L::kCluster);
+    mbarrier_init(totals_sent(), 1);
+    mbarrier_init(sums_sent(), 1);
     mbarrier_init_fence();
-    if (L::kCluster > 1) mbarrier_expect(sent(), L::kSentBytes);
+    if (L::kSentSumBytes > 0) {
+      mbarrier_expect(totals_sent(), L::kSentTotalBytes);
+      mbarrier_expect(sums_sent(), L::kSentSumBytes);
+    }
   }
 };
 
@@ -79,6 +89,16 @@ struct NarrowBarriers : Barriers<L> {
 __device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
   __syncwarp();
   if (lane == 0) mbarrier_arrive(barrier);
+}
+
+// A step's tokens into its slot of the ring. One warp.
+template <typename Operands, typename L>
+__device__ __forceinline__ void load_step(const Params& params, const CUtensorMap* map, const NarrowBarriers<L>& barriers,
+                                          uint32_t ring, uint32_t step, int page, int part, uint64_t policy, int lane) {
+  const uint32_t slot = step % L::kRawSlots;
+  mbarrier_wait(barriers.empty(slot), (step / L::kRawSlots & 1) ^ 1);
+  Operands::load(params, map, ring + slot * L::kStepBytes, barriers.full(step), page, part, policy, lane);
+  __syncwarp();
 }
 
 }  // namespace mla_hopper

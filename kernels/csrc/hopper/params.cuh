@@ -29,6 +29,7 @@ struct Params {
   int rows;        // s_q * h_q
   int m_tiles;     // CTAs of a group, each with its own query rows
   int groups;
+  int shares;      // clusters: CTAs that an item's tiles are dealt to, in one cluster or several
   int min_tiles;   // smallest piece of the tile line a group takes
   int most_parts;  // items of more tiles are not cut into single ones
   int split_cost;  // what splitting an item costs, in tiles
@@ -58,7 +59,8 @@ struct Params {
 
 #ifdef MLA_HOPPER_TRACE
 #define MLA_TRACE_IN(params, i) \
-  if (threadIdx.x % 128 == 0) (params).trace[(blockIdx.x * 4 + threadIdx.x / 128) * 16 + (i)] = clock64()
+  if (threadIdx.x % 128 == 0) (params).trace[(cta_index() * 4 + threadIdx.x / 128) * 16 + (i)] = clock64()
+__device__ __forceinline__ int cta_index() { return blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z); }
 #else
 #define MLA_TRACE_IN(params, i)
 #endif

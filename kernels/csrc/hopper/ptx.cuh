@@ -166,10 +166,10 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
   return there;
 }
 // Stores to such an address, as asynchronous as a copy: the bytes complete on a barrier of the same CTA.
-__device__ __forceinline__ void store_cluster(uint32_t address, const float4& v, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(
+__device__ __forceinline__ void store_cluster(uint32_t address, const uint4& v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(
                    address),
-               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
                : "memory");
 }
 __device__ __forceinline__ void store_cluster(uint32_t address, const float2& v, uint32_t barrier) {
@@ -177,10 +177,12 @@ __device__ __forceinline__ void store_cluster(uint32_t address, const float2& v,
                "f"(v.x), "f"(v.y), "r"(barrier)
                : "memory");
 }
-// Arrives at a barrier of any CTA of the cluster (its cluster_address), and waits for one that others arrive at.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void store_cluster(uint32_t address, float v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];\n" ::"r"(address), "f"(v),
+               "r"(barrier)
+               : "memory");
 }
+// Waits for a barrier at which others of the cluster arrive.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
 #ifdef MLA_HOPPER_SPIN_LIMIT

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(L::kThreads, 1)
 mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap query_map,
                        const __grid_constant__ CUtensorMap cache_map) {
   MLA_TRACE(0);
-  extern __shared__ __align__(1024) char ring_smem[];
-  char* smem = ring_smem;
+  extern __shared__ __align__(1024) char aligned_smem[];
+  char* smem = aligned_smem;
   const uint32_t base = shared_address(smem);
 
   const int warp = threadIdx.x / 32;

@@ -1,7 +1,7 @@
 // Who computes what, from the lengths, inside the kernel.
 //
 // The cache of the whole batch is one line of 64-token tiles, item after item. The line is cut into equal pieces, one
-// for each group of `m_tiles` CTAs or clusters (one for each 16 or 64 query rows, so that those sharing cache tiles run
+// for each group of `m_tiles` CTAs (one for each 16 or 64 query rows, so that those sharing cache tiles run
 // side by side and meet in L2). An item that a cut goes through is computed in parts and merged afterwards (merge.cuh). Where it costs
 // little, the pieces are made a bit longer so that cuts and items' ends coincide.
 #ifndef MLA_HOPPER_SCHEDULE_CUH_
@@ -27,20 +27,10 @@ struct Work {
   int parts;       // groups that work on the item
 };
 
-// Where a CTA stands: its group, and which of the group's query rows it has, alone or with the others of its cluster.
+// Where a CTA stands: its group, and which of the group's query rows it has.
 struct Seat {
   int group, m_tile;
 };
-
-// What a CTA of a group does of the group's work when they share its tiles (clusters): at most one tile more than others.
-template <int kCtas>
-__device__ __forceinline__ void take_share(Work& work) {
-  if (kCtas == 1) return;
-  const int rank = cluster_rank();
-  const int tiles = work.last - work.first;
-  work.last = work.first + tiles * (rank + 1) / kCtas;
-  work.first += tiles * rank / kCtas;
-}
 
 // Quotients of numbers that are not negative by one divisor, without an integer division's hundred instructions each. The
 // product is off by less than 1 while quotients are less than 2^20.

@@ -83,15 +83,17 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  if (config->gridDim.y * config->gridDim.z * config->blockDim.y * config->blockDim.z != 1) return cudaErrorInvalidValue;
-  emulator::Launch launch = {reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
-                             static_cast<unsigned>(config->dynamicSmemBytes), 1, false};
+  const dim3& grid = config->gridDim;
+  if (config->blockDim.y * config->blockDim.z != 1) return cudaErrorInvalidValue;
+  emulator::Launch launch = {reinterpret_cast<const void*>(kernel), grid.x * grid.y * grid.z, config->blockDim.x,
+                             static_cast<unsigned>(config->dynamicSmemBytes), 1, false, grid.x, grid.y};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeCooperative) {
       launch.cooperative = attribute.val.cooperative;
     } else {
       launch.cluster = attribute.val.clusterDim.x;
+      if (grid.x % launch.cluster != 0) return cudaErrorInvalidValue;
     }
   }
   const auto body = [&] { kernel(arguments...); };

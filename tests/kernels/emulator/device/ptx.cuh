@@ -85,9 +85,6 @@ template <typename T>
 void store_cluster(uint32_t address, const T& value, uint32_t barrier, Place place = Place::here()) {
   emulator::store_cluster(address, &value, sizeof(T), barrier, place);
 }
-inline void mbarrier_arrive_cluster(uint32_t barrier, Place place = Place::here()) {
-  emulator::mbarrier_arrive_cluster(barrier, place);
-}
 inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity, Place place = Place::here()) {
   emulator::mbarrier_wait(barrier, parity, true, place);
 }

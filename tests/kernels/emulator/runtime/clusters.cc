@@ -1,5 +1,5 @@
-// Clusters (PTX ISA: barrier.cluster, mapa, mbarrier.arrive.shared::cluster, st.async). An address in another CTA of the
-// cluster is the shared address there, with the CTA's rank + 1 above it.
+// Clusters (PTX ISA: barrier.cluster, mapa, st.async). An address in another CTA of the cluster is the shared address there,
+// with the CTA's rank + 1 above it.
 #include <string.h>
 
 #include "races.h"
@@ -77,13 +77,6 @@ uint32_t cluster_address(uint32_t address, uint32_t rank, Place place) {
   if (rank >= machine.launch.cluster) fail("CTA %u of a cluster of %u", rank, machine.launch.cluster);
   shared_at(*thread.cta, address, 1, 1);
   return address | (rank + 1) << kRankShift;
-}
-
-void mbarrier_arrive_cluster(uint32_t barrier, Place place) {
-  if (dropped("mbarrier_arrive_cluster", place)) return;
-  Thread& thread = enter("mbarrier_arrive_cluster", place);
-  Cta& cta = owner(thread, barrier);
-  arrive_at(thread, cta, mbarrier_of(thread, cta, barrier));
 }
 
 // Whoever waits for the bytes learns of the store, not of what its thread did before.

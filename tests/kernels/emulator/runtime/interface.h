@@ -42,7 +42,6 @@ bool mbarrier_test(uint32_t barrier, uint32_t parity, Place place);
 uint32_t cluster_rank();
 void cluster_barrier(bool wait, Place place);
 uint32_t cluster_address(uint32_t address, uint32_t rank, Place place);
-void mbarrier_arrive_cluster(uint32_t barrier, Place place);
 void store_cluster(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier, Place place);
 
 // Asynchronous copies to shared memory (copies.cc).
@@ -85,6 +84,7 @@ struct Launch {
   unsigned ctas, threads, shared_bytes;
   unsigned cluster;  // CTAs of one
   bool cooperative;
+  unsigned x, y;  // CTAs of the grid in these directions
 };
 bool run_grid(const Launch& launch, void (*body)(const void*), const void* context);
 const char* error_text();

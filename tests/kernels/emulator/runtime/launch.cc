@@ -125,7 +125,10 @@ void check_warpgroups() {
 }  // namespace
 
 Index3 thread_index() { return {static_cast<unsigned>(machine.current->index), 0, 0}; }
-Index3 block_index() { return {machine.current->cta->index, 0, 0}; }
+Index3 block_index() {
+  const unsigned index = machine.current->cta->index, x = machine.launch.x, y = machine.launch.y;
+  return {index % x, index / x % y, index / (x * y)};
+}
 int multiprocessors() { return machine.options.multiprocessors; }
 const char* error_text() { return machine.error.c_str(); }
 

@@ -14,7 +14,7 @@
 // mapped there.
 namespace mla_hopper {
 alignas(4096) char dynamic_smem[emulator::kSharedStride];
-alignas(4096) char ring_smem[emulator::kSharedStride];  // declared with an alignment of 1024
+alignas(4096) char aligned_smem[emulator::kSharedStride];  // declared with an alignment of 1024
 }  // namespace mla_hopper
 
 extern "C" const char __ehdr_start;
@@ -66,8 +66,8 @@ void map_shared(Cta& cta) {
 uint32_t shared_address(const void* pointer, Place place) {
   Thread& thread = enter("shared_address", place);
   if (machine.window == nullptr) {
-    const bool aligned = offset_in(mla_hopper::ring_smem, pointer) < kSharedStride;
-    machine.window = aligned ? mla_hopper::ring_smem : mla_hopper::dynamic_smem;
+    const bool aligned = offset_in(mla_hopper::aligned_smem, pointer) < kSharedStride;
+    machine.window = aligned ? mla_hopper::aligned_smem : mla_hopper::dynamic_smem;
     machine.shared_base = 1024 + (aligned ? 0 : 16 * (machine.random() % 64));
     machine.mapped = nullptr;
     map_shared(*thread.cta);
