@@ -15,7 +15,7 @@
 
 namespace mla_hopper {
 
-constexpr int kMostCluster = 8;  // CTAs; more would not run everywhere
+constexpr int kMostCluster = 16;  // CTAs; more than 8 not everywhere
 
 inline int ceil_div(int64_t value, int divisor) { return static_cast<int>((value + divisor - 1) / divisor); }
 
@@ -80,6 +80,7 @@ Variant narrow(int cluster) {
     case 2: return narrow_cluster<Operands, 2>();
     case 4: return narrow_cluster<Operands, 4>();
     case 8: return narrow_cluster<Operands, 8>();
+    case 16: return narrow_cluster<Operands, 16>();
     default: return {mla_decode_narrow_kernel<Operands>, L::kThreads, L::kBytes, Operands::kStepTokens};
   }
 }
@@ -90,6 +91,16 @@ inline Variant choose(int32_t q_dtype, bool fp8, bool few_rows, int cluster, boo
     return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>(cluster) : ring<__nv_bfloat16>(many_parts);
   }
   return few_rows ? narrow<Narrow16bit<__half>>(cluster) : ring<__half>(many_parts);
+}
+
+// Lets a kernel have the shared memory and the clusters that it is launched with.
+inline cudaError_t allow(const Variant& variant) {
+  const void* function = reinterpret_cast<const void*>(variant.function);
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
+  if (error == cudaSuccess && variant.cluster > 8) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return error;
 }
 
 // CTAs that share an item's tiles and merge through each other's shared memory: clusters of `size`, `each` of them for 16
@@ -113,9 +124,7 @@ int count_clusters() {
   config.attrs = &attribute;
   config.numAttrs = 1;
   int count = 0;
-  cudaFuncSetAttribute(reinterpret_cast<const void*>(variant.function), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       variant.shared_bytes);
-  if (cudaOccupancyMaxActiveClusters(&count, variant.function, &config) != cudaSuccess) {
+  if (allow(variant) != cudaSuccess || cudaOccupancyMaxActiveClusters(&count, variant.function, &config) != cudaSuccess) {
     cudaGetLastError();
     return 0;
   }
@@ -127,7 +136,15 @@ inline int clusters_at_once(const Device& device, int size) {
   static int known[kDevices][kMostCluster + 1];  // 1 more than the number, 0: not asked yet
   if (device.index >= kDevices) return 0;
   int& count = known[device.index][size];
-  if (count == 0) count = 1 + (size == 8 ? count_clusters<8>() : size == 4 ? count_clusters<4>() : count_clusters<2>());
+  if (count == 0) {
+    switch (size) {
+      case 2: count = count_clusters<2>(); break;
+      case 4: count = count_clusters<4>(); break;
+      case 8: count = count_clusters<8>(); break;
+      default: count = count_clusters<16>();
+    }
+    ++count;
+  }
   return count - 1;
 }
 
@@ -142,10 +159,13 @@ inline Clusters choose_clusters(const mla_decode_params& p, const RowTiles& tile
     const int each = groups / p.batch;
     if (each == 0) continue;
     const int most = p.max_blocks_per_seq - 1;  // pages of an item: callers' tables have a column to spare
+    // Those of 16 where each CTA then has one tile instead of two.
+    if (size == 16 && (most <= 8 || most > 16 * each)) continue;
     const int enough = tuned("MLA_HOPPER_CLUSTER_TILES", size == 2 ? 8 : 16);  // for one, beside another
     const bool whole = most <= enough && (size > 2 || each == 1 || tiles.count == 1);
-    const bool even = size == 8 && 10 * each * p.batch >= 9 * groups && most <= 5 * size * each;
-    if (!whole && !even) return none;
+    const bool even = size == tuned("MLA_HOPPER_CLUSTER_EVEN", 8) && 10 * each * p.batch >= tuned("MLA_HOPPER_CLUSTER_USED", 9) * groups &&
+                      most <= tuned("MLA_HOPPER_CLUSTER_MOST", 5) * size * each;
+    if (size < 16 && !whole && !even) return none;
     return {size, std::max(1, std::min(each, ceil_div(most, enough)))};
   }
   return none;

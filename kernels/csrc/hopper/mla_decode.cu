@@ -106,8 +106,7 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
     if (status != MLA_OK) return status;
   }
 
-  cudaError_t result = cudaFuncSetAttribute(reinterpret_cast<const void*>(variant.function),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
+  cudaError_t result = allow(variant);
   cudaLaunchAttribute attribute = {};
   if (variant.cluster > 1) {
     attribute.id = cudaLaunchAttributeClusterDimension;

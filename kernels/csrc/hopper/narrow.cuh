@@ -144,6 +144,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   __syncthreads();
   MLA_TRACE(1);
 
+  // Lane, seat and thread are computed anew where they are used: kept, they cost the teams a spill.
   const int group = blockIdx.x / params.m_tiles;
   Schedule schedule(params, group, lane_index(), first_lengths);
   MLA_TRACE(2);

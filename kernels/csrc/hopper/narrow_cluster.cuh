@@ -98,22 +98,32 @@ class ClusterMerge {
   __device__ __forceinline__ void send(const TeamsSum& sum) const {
     const int lane = thread_ & 31;
     const int first = 16 * (thread_ / 32 & 3) + 8 * (thread_ / 128);  // unit
-    const int peer = first / L::kUnits, unit = first % L::kUnits;
     const int rank = cluster_rank();
-    if (unit == 0 && (lane & 3) == 0) {
+    // A lane of each quad for each CTA that gets columns of this warp: of all warps with such columns, the first.
+    if ((lane & 3) < kPeers && (kPeers > 1 || first % L::kUnits == 0)) {
+      const int peer = first / L::kUnits + (lane & 3);
       const uint32_t barrier = cluster_address(barriers_.totals_sent(), peer);
       const uint32_t totals = cluster_address(base_ + L::kSentTotals + (rank * L::kRows + lane / 4) * 8, peer);
 #pragma unroll
       for (int i = 0; i < 2; ++i) store_cluster(totals + 64 * i, make_float2(sum.maximum[i], sum.total[i]), barrier);
     }
-    const uint32_t barrier = cluster_address(barriers_.sums_sent(), peer);
-    const uint32_t to = cluster_address(base_ + L::kSentSums + (rank * L::kUnits + unit) * 256 + lane * 16, peer);
     const PackScale scale = PackScale::of(sum.value);
-    if (lane == 0) {
-      store_cluster(cluster_address(base_ + L::kSentFactors + (unit / 8 * kCtas + rank) * 4, peer), scale.from, barrier);
+    if (lane < kPeers) {
+      const int peer = first / L::kUnits + lane;
+      const uint32_t factor = base_ + L::kSentFactors + (first % L::kUnits / 8 * kCtas + rank) * 4;
+      store_cluster(cluster_address(factor, peer), scale.from, cluster_address(barriers_.sums_sent(), peer));
     }
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) store_cluster(to + j * 256, pack_chunks(sum.value[j], scale.to, scale.to), barrier);
+    for (int part = 0; part < kPeers; ++part) {
+      constexpr int kChunks = 8 / kPeers;
+      const int peer = first / L::kUnits + part, unit = first % L::kUnits;
+      const uint32_t barrier = cluster_address(barriers_.sums_sent(), peer);
+      const uint32_t to = cluster_address(base_ + L::kSentSums + (rank * L::kUnits + unit) * 256 + lane * 16, peer);
+#pragma unroll
+      for (int j = 0; j < kChunks; j += 2) {
+        store_cluster(to + j * 256, pack_chunks(sum.value[kChunks * part + j], scale.to, scale.to), barrier);
+      }
+    }
   }
 
   // Adds up what was sent.
@@ -121,6 +131,7 @@ class ClusterMerge {
     const int lane = thread_ & 31;
     const RowTable table = row_table<L>(smem_);
     const RowPair<T> rows(params_, table, seat_.item, row(lane));
+    if (parts_ == 1 && !adds()) return;
     mbarrier_wait_cluster(barriers_.totals_sent(), 0);
     RowPairSum sum[kRounds];
     float weight[kCtas][2];
@@ -134,6 +145,7 @@ class ClusterMerge {
     MLA_TRACE_IN(params_, 8);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
+      if (!adds()) break;
       if (round > 0) sum[round] = sum[0].totals();
       const uint32_t values =
           base_ + L::kSentSums + (4 * round + warp() / 2) * 512 + row(lane) * 64 + (lane & 3) * 16 + lane / 16 * 8;
@@ -159,7 +171,7 @@ class ClusterMerge {
     } else if (leave(lane, sum)) {
       const float2* stats = params_.stats + (first_cluster() * kCtas + int(cluster_rank())) * kNarrowRows + row(lane);
 #pragma unroll 1
-      for (int round = 0; round < kRounds; ++round) {
+      for (int round = 0; round < kRounds && adds(); ++round) {
         const float4* values = params_.partial + first_cluster() * slot_elements(params_) + element(round, lane);
         const RowPairSum all = add_clusters(values, stats, slot_elements(params_), kCtas * kNarrowRows, parts_);
 #pragma unroll
@@ -172,7 +184,8 @@ class ClusterMerge {
   }
 
  private:
-  static constexpr int kRounds = L::kUnits / 8;
+  static constexpr int kRounds = L::kSenders;
+  static constexpr int kPeers = L::kUnits < 8 ? 8 / L::kUnits : 1;  // that a warp has columns of
 
   __device__ __forceinline__ int part() const { return seat_.share / kCtas; }
   // Of the clusters that share the item's tiles for the same rows.
@@ -180,6 +193,8 @@ class ClusterMerge {
     return (seat_.item * params_.m_tiles + seat_.m_tile) * (params_.shares / kCtas);
   }
   __device__ __forceinline__ int warp() const { return thread_ / 32; }
+  // Whether there are columns for the warp to add up.
+  __device__ __forceinline__ bool adds() const { return kPeers == 1 || warp() < L::kUnits; }
   __device__ __forceinline__ int row(int lane) const { return 4 * (warp() & 1) + (lane / 4 & 3); }
   // Which float4 of the cluster's sums is the lane's.
   __device__ __forceinline__ int element(int round, int lane) const {
@@ -211,7 +226,7 @@ class ClusterMerge {
   __device__ __forceinline__ bool leave(int lane, const RowPairSum (&sum)[kRounds]) const {
     const int cluster = first_cluster() + part();
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < kRounds && adds(); ++round) {
       params_.partial[cluster * slot_elements(params_) + element(round, lane)] = sum[round].value;
     }
     if (warp() < 2 && (lane & 19) == 0) {

@@ -36,10 +36,10 @@ struct NarrowLayout {
   static constexpr int kOutRows = kSplits + 32;  // RowTable
   static constexpr int kLseRows = kOutRows + kTableRows * 8;
   // From each CTA of the cluster: its sums of this one's columns in 16 bits, uint4 [kUnits / 2, 32], of which each sending
-  // warp has 8 units, its rows' totals, float2 [16], and the warps' factors, float [kUnits / 8].
+  // warp has up to 8 units, its rows' totals, float2 [16], and the sending warps' factors, float [kSenders].
   static constexpr int kUnits = 64 / kCtas;  // of 8 columns
-  static constexpr int kSenders = kUnits / 8;
-  static_assert(kUnits % 8 == 0, "a warp's columns must all belong to one CTA");
+  static constexpr int kSenders = kUnits < 8 ? 1 : kUnits / 8;
+  static_assert(kUnits % 2 == 0, "two units are sent at once");
   static constexpr int kSentTotalBytes = kCtas > 1 ? kCtas * kRows * 8 : 0;
   static constexpr int kSentSumBytes = kCtas > 1 ? kCtas * (kUnits * 256 + kSenders * 4) : 0;
   static constexpr int kSentSums = kLseRows + kTableRows * 4;

@@ -8,7 +8,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMultiProcessorCount
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 enum { cudaEnableDefault };
@@ -56,8 +56,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchC
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int value) {
+  return value <= 232448 ? cudaSuccess : cudaErrorInvalidValue;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
