@@ -58,13 +58,9 @@ struct Variant {
   int cluster = 1;    // CTAs
 };
 
-template <typename T, typename L, bool kMany>
+template <typename T, typename L>
 Variant ring() {
-  return {mla_decode_ring_kernel<T, L, kMany>, L::kThreads, L::kBytes, kTileTokens};
-}
-template <typename T>
-Variant ring(bool many_parts) {
-  return many_parts ? ring<T, RingLayout, true>() : ring<T, RingLayout, false>();
+  return {mla_decode_ring_kernel<T, L>, L::kThreads, L::kBytes, kTileTokens};
 }
 
 template <typename Operands, int kCtas>
@@ -85,12 +81,12 @@ Variant narrow(int cluster) {
   }
 }
 
-inline Variant choose(int32_t q_dtype, bool fp8, bool few_rows, int cluster, bool many_parts) {
-  if (fp8) return few_rows ? narrow<NarrowFp8>(cluster) : ring<__nv_bfloat16, RingFp8Layout, false>();
+inline Variant choose(int32_t q_dtype, bool fp8, bool few_rows, int cluster) {
+  if (fp8) return few_rows ? narrow<NarrowFp8>(cluster) : ring<__nv_bfloat16, RingFp8Layout>();
   if (q_dtype == MLA_DTYPE_BFLOAT16) {
-    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>(cluster) : ring<__nv_bfloat16>(many_parts);
+    return few_rows ? narrow<Narrow16bit<__nv_bfloat16>>(cluster) : ring<__nv_bfloat16, RingLayout>();
   }
-  return few_rows ? narrow<Narrow16bit<__half>>(cluster) : ring<__half>(many_parts);
+  return few_rows ? narrow<Narrow16bit<__half>>(cluster) : ring<__half, RingLayout>();
 }
 
 // Lets a kernel have the shared memory and the clusters that it is launched with.

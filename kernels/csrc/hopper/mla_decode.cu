@@ -15,7 +15,7 @@ namespace {
 
 using namespace mla_hopper;
 
-constexpr uint64_t kCounterBytes = 2 * kMaxCtas * sizeof(uint32_t);
+constexpr uint64_t kCounterBytes = 3 * kMaxCtas * sizeof(uint32_t);
 
 uint64_t align(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 uint64_t stats_bytes(int ctas) { return align(uint64_t(ctas) * 2 * 64 * sizeof(float2)); }
@@ -53,6 +53,7 @@ Params kernel_params(const mla_decode_params& p, const RowTiles& tiles, const Cl
   char* workspace = static_cast<char*>(p.workspace);
   k.arrived = reinterpret_cast<uint32_t*>(workspace);
   k.finished = k.arrived + kMaxCtas;
+  k.counted = k.finished + kMaxCtas;
   k.stats = reinterpret_cast<float2*>(workspace + kCounterBytes);
   k.partial = reinterpret_cast<float4*>(workspace + kCounterBytes + stats_bytes(ctas));
 #ifdef MLA_HOPPER_TRACE
@@ -98,8 +99,7 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
                     p.q_stride_batch, kernel.row_groups * 16, fail);
   if (status != MLA_OK) return status;
   const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
-  const bool many_parts = p.batch * kManyParts <= kernel.groups;
-  const Variant variant = choose(p.q_dtype, fp8, tiles.rows == kNarrowRows, clusters.size, many_parts);
+  const Variant variant = choose(p.q_dtype, fp8, tiles.rows == kNarrowRows, clusters.size);
   if (!fp8) {
     status = make_map(&cache_map, "kv_cache", p.kv_dtype, p.kv_cache, kTileTokens, p.kv_stride_token, p.num_blocks,
                       p.kv_stride_block, variant.copied_tokens, fail);

@@ -173,7 +173,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
     for (int slot = 0; slot < 2; ++slot) {
       const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
       if (split.parts > 0) {
-        merge<T, typename Operands::Order, 2>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kRing));
+        merge<T, typename Operands::Order>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kRing));
       }
     }
   }

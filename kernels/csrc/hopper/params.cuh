@@ -50,6 +50,7 @@ struct Params {
   float* lse;           // [batch, h_q, s_q]
   uint32_t* arrived;    // [kMaxCtas], zero between launches
   uint32_t* finished;   // [kMaxCtas], zero between launches
+  uint32_t* counted;    // [kMaxCtas], zero between launches
   float2* stats;        // [ctas, 2, 64]: running maximum (log2 units) and denominator of a partial result
 #ifdef MLA_HOPPER_TRACE
   long long* trace;  // [ctas, 4, 16]: clock of each warpgroup's first thread when it last came by MLA_TRACE(i)

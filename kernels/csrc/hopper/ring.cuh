@@ -14,6 +14,7 @@ namespace mla_hopper {
 
 constexpr int kPairBytes = 2 * kSlabBytes;
 constexpr int kTilePairs = 4;
+constexpr int kMergeSteps = 4;  // in which the parts of a split item come into the ring
 __host__ __device__ constexpr int pair_slab(int pair) { return 4 * (pair & 1) + 2 * (pair >> 1); }
 __host__ __device__ constexpr int slab_pair(int slab) { return (slab >> 2 & 1) + (slab & 2); }  // the pair that a slab is in
 
@@ -48,7 +49,7 @@ struct RingShape {
   static constexpr int kSplits = kLseRows + 64 * 4;              // Split[2]
   static constexpr int kTasks = kSplits + 32;                    // Task[2], by item
   static constexpr int kBarriers = kTasks + 64;
-  static constexpr int kBytes = kBarriers + (2 * kSlots + 13 + kRawSlots) * 8;
+  static constexpr int kBytes = kBarriers + (2 * kSlots + 12 + kRawSlots + kMergeSteps) * 8;
   static_assert(kBytes <= 232448, "more shared memory than a CTA can have");
 };
 
@@ -66,7 +67,8 @@ struct Task {
   int parts;
   int head;  // CTA of the item's first part
   int slot;  // of this CTA's partial results
-  int unused[2];
+  int last;  // of this CTA's tasks
+  int unused;
 };
 
 // Full and empty say so of a place; its last reader empties it. The others come in pairs, for even and odd tiles or items,
@@ -85,9 +87,9 @@ struct RingBarriers {
   __device__ __forceinline__ uint32_t read(uint32_t tile) const { return rope_full() + 64 + 8 * (tile & 1); }
   __device__ __forceinline__ uint32_t inverted(uint32_t item) const { return rope_full() + 80 + 8 * (item & 1); }
   __device__ __forceinline__ uint32_t raw_full(int slot) const { return rope_full() + 96 + 8 * slot; }
-  __device__ __forceinline__ uint32_t parts_full() const { return raw_full(L::kRawSlots); }
+  __device__ __forceinline__ uint32_t parts_full(int step) const { return raw_full(L::kRawSlots + step); }
 
-  __device__ __forceinline__ void init(bool merges_many) const {
+  __device__ __forceinline__ void init() const {
     for (int slot = 0; slot < L::kSlots; ++slot) {
       mbarrier_init(full(slot), L::kFillers);
       mbarrier_init(empty(slot), 4);  // warps of the last reader
@@ -103,7 +105,7 @@ struct RingBarriers {
       mbarrier_init(inverted(i), 4);
     }
     for (int slot = 0; slot < L::kRawSlots; ++slot) mbarrier_init(raw_full(slot), 1);
-    if (merges_many) mbarrier_init(parts_full(), 1);
+    for (int step = 0; step < kMergeSteps; ++step) mbarrier_init(parts_full(step), 1);
     mbarrier_init_fence();
   }
 };

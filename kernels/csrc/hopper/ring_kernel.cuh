@@ -29,8 +29,7 @@ __device__ __forceinline__ void store_empty_items(const Params& params, const Sc
   }
 }
 
-// Where items may have many parts (kMany), their merge is another: both in one kernel made all of it slower.
-template <typename T, typename L, bool kMany>
+template <typename T, typename L>
 __global__ void __launch_bounds__(L::kThreads, 1)
 mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap query_map,
                        const __grid_constant__ CUtensorMap cache_map) {
@@ -43,7 +42,7 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
   const int lane = threadIdx.x & 31;
   const RingBarriers<L> barriers = {base + L::kBarriers};
   if (warp == 0) {
-    if (lane == 0) barriers.init(kMany);
+    if (lane == 0) barriers.init();
   } else if (warp < 3) {
     fill_row_table<L>(params, smem, blockIdx.x % params.m_tiles, threadIdx.x - 32);
   } else if (warp == 3) {
@@ -57,7 +56,33 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
   __syncthreads();
 
   const int cta = blockIdx.x;
-  if (warp >= 12) {
+  // The compiler puts the last branch first. That must be the producers': code that nobody has run yet comes from memory, and
+  // theirs is what everything else waits for (NOTES_hopper.md).
+  if (warp >= 4 && warp < 12) {
+    grow_registers<L::kValueRegisters>();
+    const int kept = accumulate_tiles<T, L>(params, barriers, smem, base);
+    if (kept == kNoneSplit) return;
+    RingMerge<T, L> merge(params, smem, base, barriers, threadIdx.x - 128);
+#pragma unroll 1
+    for (int slot = 1; slot >= 0; --slot) {  // the kept one first: the other's parts need its place
+      const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
+      if (split.parts > 0) merge.run(split, slot, slot == kept);
+      MLA_TRACE(15);
+    }
+  } else if (warp < 4) {
+    if constexpr (L::kScoreRegisters > L::kLaunchRegisters) {
+      grow_registers<L::kScoreRegisters>();
+    } else if constexpr (L::kScoreRegisters < L::kLaunchRegisters) {
+      shrink_registers<L::kScoreRegisters>();
+    }
+    MLA_TRACE(1);
+    const int group = cta / params.m_tiles;
+    const int m_tile = cta - group * params.m_tiles;
+    Schedule schedule(params, group, lane);
+    MLA_TRACE(2);
+    score_tiles<T, L>(params, &query_map, schedule, barriers, smem, base, cta, group, m_tile, threadIdx.x);
+    weigh_parts<L>(params, smem, threadIdx.x);
+  } else {
     shrink_registers<L::kProducerRegisters>();
     const int group = cta / params.m_tiles;
     const int m_tile = cta - group * params.m_tiles;
@@ -74,36 +99,6 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
       } else {
         store_empty_items<T, L>(params, schedule, smem, group, lane);
       }
-    }
-  } else if (warp < 4) {
-    if constexpr (L::kScoreRegisters > L::kLaunchRegisters) {
-      grow_registers<L::kScoreRegisters>();
-    } else if constexpr (L::kScoreRegisters < L::kLaunchRegisters) {
-      shrink_registers<L::kScoreRegisters>();
-    }
-    MLA_TRACE(1);
-    const int group = cta / params.m_tiles;
-    const int m_tile = cta - group * params.m_tiles;
-    Schedule schedule(params, group, lane);
-    MLA_TRACE(2);
-    score_tiles<T, L>(params, &query_map, schedule, barriers, smem, base, cta, group, m_tile, threadIdx.x);
-  } else {
-    grow_registers<L::kValueRegisters>();
-    accumulate_tiles<T, L>(params, barriers, smem, base);
-    const int thread = threadIdx.x - 128;  // of 256
-    RingMerge<T, L> merge_many(params, smem, base, barriers.parts_full(), thread);
-    if constexpr (!kMany) named_sync(kMergeBarrier, kMergeThreads);  // both warpgroups are done with the ring
-#pragma unroll 1
-    for (int slot = 0; slot < 2; ++slot) {
-      const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
-      if (split.parts > 0) {
-        if constexpr (kMany) {
-          merge_many.run(split);
-        } else {
-          merge<T>(params, row_table<L>(smem), split, thread, reinterpret_cast<float*>(smem + L::kCache));
-        }
-      }
-      MLA_TRACE(15);
     }
   }
 }

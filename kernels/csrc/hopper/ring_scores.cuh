@@ -144,7 +144,7 @@ __device__ __forceinline__ void score_tiles(const Params& params, const CUtensor
       }
       if (t == work.first && thread == 0) {
         const int tail = min(kTileTokens, work.length - (work.last - 1) * kTileTokens);
-        tasks[item & 1] = {work.last - work.first, tail, work.item, work.parts, head, slot};
+        tasks[item & 1] = {work.last - work.first, tail, work.item, work.parts, head, slot, schedule.at_end()};
       }
       fence_async_proxy();
       __syncwarp();
@@ -169,7 +169,10 @@ __device__ __forceinline__ void score_tiles(const Params& params, const CUtensor
       reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, head, work.parts, group - work.head_group};
     }
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(barriers.inverted(item));  // the value warpgroups announce the statistics as well
+    if (lane == 0) {
+      if (work.parts > 1) add_release(params.counted + head, 1);
+      mbarrier_arrive(barriers.inverted(item));
+    }
     MLA_TRACE(9);
     ++item;
   }

@@ -3,8 +3,8 @@
 #define MLA_HOPPER_RING_VALUES_CUH_
 
 #include "epilogue.cuh"
-#include "merge.cuh"
 #include "ring.cuh"
+#include "ring_merge.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
@@ -43,9 +43,13 @@ __device__ __forceinline__ void rescale(float (&o)[128], float low, float high) 
 }
 
 // 128 registers hold the output, so what is cheap to find again is not kept; addresses of operands are in uniform ones.
+constexpr int kNoneSplit = -2;
+
+// Returns the slot of the part whose share the merge finds in the ring, -1 if that is none, kNoneSplit if there is nothing to
+// merge.
 template <typename T, typename L>
-__device__ __forceinline__ void accumulate_tiles(const Params& params, const RingBarriers<L>& barriers, char* smem,
-                                                 uint32_t base) {
+__device__ __forceinline__ int accumulate_tiles(const Params& params, const RingBarriers<L>& barriers, char* smem,
+                                                uint32_t base) {
   // With 64 or 128 rows memory is the limit, and waiting would keep pieces from their next tile. Nor may a tile wait for the
   // next one in a ring that has no room for both.
   const bool in_turns = L::kSlots >= 2 * kTilePairs && params.m_tiles > 2;
@@ -53,12 +57,13 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
   RingPosition<L> position;
   position.slot = __reduce_max_sync(kAllLanes, threadIdx.x / 256);  // reductions give uniform registers
   uint32_t tile = 0;
+  int kept = kNoneSplit;
 #pragma unroll 1
   for (uint32_t item = 0;; ++item) {
     mbarrier_wait(barriers.written(tile), pair_parity(tile));
     const uint32_t task = base + L::kTasks + (item & 1) * static_cast<uint32_t>(sizeof(Task));
     int left = load_shared<int>(task + offsetof(Task, tiles));
-    if (left == 0) break;
+    if (left == 0) return kept;
     position.advance(L::kHeldPairs);  // the query's pieces
     bool more = false;                         // than the item's first tile
     while (true) {
@@ -125,15 +130,20 @@ __device__ __forceinline__ void accumulate_tiles(const Params& params, const Rin
     ++tile;
     const int half = thread_index() / 128 - 1;
     const int warp = thread_index() / 32 & 3;
-    if (done.parts == 1) {
-      store_output<T>(params, row_table<L>(smem), done.item, warp, half, lane_index(), o,
-                      {inverse.low, inverse.high});
-      MLA_TRACE(7);
-    } else {
-      if (warp < params.row_groups) store_partial<32>(params, 2 * blockIdx.x + done.slot, warp * 2 + half, lane_index(), o);
+    if (done.parts > 1) {
+      kept = -1;
+      if (done.last) {
+        kept = done.slot;
+        named_sync(kMergeBarrier, kMergeThreads);  // both warpgroups are done with the ring
+      }
+      if (warp < params.row_groups) store_ring_part<L>(params, smem, base, done.slot, done.last, o);
       MLA_TRACE(7);
       announce_part(params, done.head, half, thread_index() & 127);
       MLA_TRACE(8);
+    } else {
+      store_output<T>(params, row_table<L>(smem), done.item, warp, half, lane_index(), o,
+                      {inverse.low, inverse.high});
+      MLA_TRACE(7);
     }
   }
 }

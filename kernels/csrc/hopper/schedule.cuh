@@ -141,6 +141,9 @@ class Schedule {
     return true;
   }
 
+  // After next(): whether that was the last one.
+  __device__ __forceinline__ bool at_end() const { return position_ >= end_; }
+
   __device__ __forceinline__ int item_length(int item) const {
     return clamped(params_.lengths[item]);
   }
