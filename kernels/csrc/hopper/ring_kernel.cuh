@@ -56,8 +56,8 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
   __syncthreads();
 
   const int cta = blockIdx.x;
-  // The compiler puts the last branch first. That must be the producers': code that nobody has run yet comes from memory, and
-  // theirs is what everything else waits for (NOTES_hopper.md).
+  // The compiler puts the last branch first. That must be the producers', and of these the one that feeds the ring: code that
+  // nobody has run yet comes from memory, and theirs is what everything else waits for (NOTES_hopper.md).
   if (warp >= 4 && warp < 12) {
     grow_registers<L::kValueRegisters>();
     const int kept = accumulate_tiles<T, L>(params, barriers, smem, base);
@@ -92,12 +92,12 @@ mla_decode_ring_kernel(const __grid_constant__ Params params, const __grid_const
       if (warp == 15) store_empty_items<T, L>(params, schedule, smem, group, lane);
     } else if (warp < 15) {
       Schedule schedule(params, group, lane);
-      if (warp == 12) {
-        feed_ring(params, &query_map, &cache_map, schedule, barriers, base, m_tile, lane);
+      if (warp == 14) {
+        store_empty_items<T, L>(params, schedule, smem, group, lane);
       } else if (warp == 13) {
         feed_queries(params, &query_map, schedule, barriers, base, m_tile, lane);
       } else {
-        store_empty_items<T, L>(params, schedule, smem, group, lane);
+        feed_ring(params, &query_map, &cache_map, schedule, barriers, base, m_tile, lane);
       }
     }
   }
