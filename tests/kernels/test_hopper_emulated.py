@@ -206,15 +206,30 @@ def place_of(file: str, text: str) -> str:
     ],
 )  # fmt: skip
 def test_what_a_missing_synchronisation_is_called(emulated: Path, file: str, text: str, words: str) -> None:
-    inputs = case((900, 100), 1, 16 if file == "merge.cuh" else 64, BF16, BF16).inputs(seed=6)
+    inputs = case((900, 100), 1, 64, BF16, BF16).inputs(seed=6)
     with pytest.raises(EmulatedFailure, match=words):
         Emulator(emulated, 3, fault=place_of(file, text))(*inputs.arguments())
 
 
-def test_what_copying_parts_without_a_proxy_fence_is_called(emulated: Path) -> None:
-    fault = place_of("ring_merge.cuh", "fence_async_proxy_global();")
-    with pytest.raises(EmulatedFailure, match="without a proxy fence for global memory since"):
-        run_case(WideTable(emulated, 34, fault=fault), case((1030,), 1, 64, BF16, BF16), seed=6)
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("ring_merge.cuh", "fence_async_proxy_global();", "without a proxy fence for global memory since"),
+        ("narrow_merge.cuh", "fence_async_proxy_global();", "without a proxy fence for global memory since"),
+        ("narrow_merge.cuh", "named_sync(kMergeBarrier, kMergeThreads);  // all", "a race: "),
+        ("narrow_merge.cuh", "named_sync(kMergeBarrier, kMergeThreads);  // before", "more than phase 0"),
+        ("narrow_merge.cuh", "mbarrier_wait(barrier_", "a race: (reads|writes) shared address"),
+        ("narrow_merge.cuh", "named_sync(kAddBarrier", "a race: (reads|writes) shared address"),
+    ],
+)  # fmt: skip
+def test_what_a_missing_synchronisation_of_a_merge_is_called(
+    emulated: Path, file: str, text: str, words: str
+) -> None:
+    """Of many parts, whose sums several warps share."""
+    heads, multiprocessors = (12, 12) if file == "narrow_merge.cuh" else (64, 34)
+    emulator = WideTable(emulated, multiprocessors, fault=place_of(file, text))
+    with pytest.raises(EmulatedFailure, match=words):
+        run_case(emulator, case((1030,), 1, heads, BF16, BF16), seed=6)
 
 
 # Synchronisations that may be left out, by file and the line before: why nothing goes wrong.
@@ -233,7 +248,7 @@ BROKEN_CASES = [
     (case(lengths, s_q, heads, BF16, kv), max(multiprocessors, 3 if s_q > 1 else 0))
     for heads, s_q, kv in ((12, 1, BF16), (12, 1, FP8), (64, 1, FP8), (64, 1, BF16), (48, 4, BF16))
     for lengths, multiprocessors in (((130, 50, 64, 10, 70, 1), 2), ((200, 30, 30, 20, 300, 1), 3))
-] + [(case((1030,), 1, 64, BF16, BF16), 34)]
+] + [(case((1030,), 1, 64, BF16, BF16), 34), (case((1030,), 1, 12, BF16, FP8), 12)]
 # Clusters of 4, several of 8 for an item, and of 16.
 BROKEN_CASES += [
     (case(lengths, 1, 12, BF16, kv), multiprocessors)

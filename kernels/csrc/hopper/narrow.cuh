@@ -2,17 +2,17 @@
 // to begin and to merge is. Operands go from the cache's bytes in shared memory to registers and no further. A team of
 // four warps works on a step of 32 or 64 tokens, each warp on 128 latents of all of them, for the scores and for the
 // values alike; the only exchange is that of the four warps' shares of the scores (narrow_steps.cuh). Two teams take steps
-// in turn, and add up at an item's end (narrow_teams.cuh). CTAs that share an item meet in the workspace (merge.cuh); in
-// short batches clusters do, in shared memory, which is another kernel (narrow_cluster.cuh).
+// in turn, and add up at an item's end (narrow_teams.cuh). CTAs that share an item meet in the workspace
+// (narrow_merge.cuh); in short batches clusters do, in shared memory, which is another kernel (narrow_cluster.cuh).
 #ifndef MLA_HOPPER_NARROW_CUH_
 #define MLA_HOPPER_NARROW_CUH_
 
 #include "barriers.cuh"
 #include "load.cuh"
-#include "merge.cuh"
 #include "narrow_16bit.cuh"
 #include "narrow_fp8.cuh"
 #include "narrow_layout.cuh"
+#include "narrow_merge.cuh"
 #include "narrow_steps.cuh"
 #include "schedule.cuh"
 
@@ -25,55 +25,40 @@ __device__ __forceinline__ int step_count(const Work& work) {
   return (end - work.first * kTileTokens + kStepTokens - 1) / kStepTokens;
 }
 
-// A part is done: to the output or the workspace.
+// An item or a part of one is done: to the output, or to the workspace as the CTA's part `slot` (`item` is then negative).
 template <typename Operands>
-__device__ __forceinline__ void store_part(const Params& params, const Work& work, char* smem, const Seat& seat, int thread,
-                                           const TeamsSum& sum) {
+__device__ __forceinline__ void store_sum(const Params& params, int item, int slot, char* smem, uint32_t barrier, int thread,
+                                          const TeamsSum& sum) {
   using L = typename Operands::L;
   const int lane = thread & 31;
   const int block = thread / 32 & 3;
   const int team = thread / 128;
   const int g = lane / 4;
+  if (item < 0) {
+    NarrowMerge<Operands>(params, smem, barrier, thread).leave(slot, sum);
+    return;
+  }
   const RowTable table = row_table<L>(smem);
-  const bool states = team == 0 && block == 0 && (lane & 3) == 0;  // stores the rows' statistics
-  const int cta = seat.group * params.m_tiles + seat.m_tile;
-  const int slot = seat.group == work.head_group;
   float inverse[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     inverse[i] = sum.total[i] == 0.f ? 0.f : Operands::kUnit * __frcp_rn(sum.total[i]);
-    if (states) {
-      if (work.parts == 1) {
-        store_lse(params, table, work.item, g + 8 * i, sum.maximum[i], sum.total[i]);
-      } else {
-        params.stats[(2 * cta + slot) * 64 + g + 8 * i] = make_float2(sum.maximum[i], sum.total[i]);
-      }
+    if (team == 0 && block == 0 && (lane & 3) == 0) {
+      store_lse(params, table, item, g + 8 * i, sum.maximum[i], sum.total[i]);
     }
   }
-  if (work.parts == 1) {
-    Operands::store(RowPair<typename Operands::T>(params, table, work.item, g), block * 128 + team * 64, lane, sum.value, inverse);
-  } else {
-    float value[32];
-#pragma unroll
-    for (int e = 0; e < 32; ++e) value[e] = sum.value[e / 4][e % 4] * Operands::kUnit;
-    store_partial<8>(params, 2 * cta + slot, 2 * block + team, lane, value);
-    if (thread == 0) {
-      reinterpret_cast<Split*>(smem + L::kSplits)[slot] = {work.item, work.head_group * params.m_tiles + seat.m_tile, work.parts,
-                                                             seat.group - work.head_group};
-    }
-    announce_part(params, work.head_group * params.m_tiles + seat.m_tile, team, thread & 127);
-  }
+  Operands::store(RowPair<typename Operands::T>(params, table, item, g), block * 128 + team * 64, lane, sum.value, inverse);
 }
 
 // Eight warps: every part of the group's piece, to the output or the workspace.
 template <typename Operands>
 __device__ __forceinline__ void consume_steps(const Params& params, Schedule& schedule,
                                               const NarrowBarriers<typename Operands::L>& barriers, char* smem, uint32_t base,
-                                              const Seat& seat, int thread) {
+                                              int m_tile, int thread) {
   using L = typename Operands::L;
   constexpr int kStepTokens = Operands::kStepTokens;
   const int team = thread / 128;
-  Team<Operands, L> member(params, barriers, smem, base, seat.m_tile, thread);
+  Team<Operands, L> member(params, barriers, smem, base, m_tile, thread);
   Work work;
   uint32_t step = 0;  // of the CTA's stream, at the item's beginning
   uint32_t items = 0;
@@ -86,8 +71,14 @@ __device__ __forceinline__ void consume_steps(const Params& params, Schedule& sc
     const uint32_t first = (step ^ team) & 1;
     const int used = work.length - work.first * kTileTokens - first * kStepTokens;
     const Steps steps = {step + first, used, kTeams * kStepTokens, max(0, work.length - work.last * kTileTokens)};
-    store_part<Operands>(params, work, smem, seat, thread, member.run(query, steps));
+    // Little is kept through the steps: the teams have no registers to spare.
+    const int item = work.parts == 1 ? work.item : -1 - (work.part == 0);
+    if (item < 0 && thread == 0) {
+      const int head = static_cast<int>(blockIdx.x) - work.part * params.m_tiles;
+      reinterpret_cast<Split*>(smem + L::kSplits)[-1 - item] = {work.item, head, work.parts, work.part};
+    }
     step += step_count<kStepTokens>(work);
+    store_sum<Operands>(params, item, -1 - item, smem, barriers.totals_sent(), thread, member.run(query, steps));
     ++items;
   }
 }
@@ -144,37 +135,33 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
   __syncthreads();
   MLA_TRACE(1);
 
-  // Lane, seat and thread are computed anew where they are used: kept, they cost the teams a spill.
+  // Lane and thread are read anew where they are used: kept, they cost the teams a spill.
   const int group = blockIdx.x / params.m_tiles;
   Schedule schedule(params, group, lane_index(), first_lengths);
   MLA_TRACE(2);
   if (warp >= 8) {
     shrink_registers<kProducerRegisters>();
-    const Seat seat = {group, static_cast<int>(blockIdx.x) - group * params.m_tiles};
     if (warp == 8) {
       load_steps<Operands>(params, &cache_map, schedule, barriers, base + L::kRing, lane);
     } else if (warp == 9) {
-      load_queries(params, &query_map, schedule, barriers, base + L::kQuery, seat.m_tile, lane);
+      load_queries(params, &query_map, schedule, barriers, base + L::kQuery, blockIdx.x - group * params.m_tiles, lane);
     }
   } else {
     grow_registers<kTeamRegisters>();
-    const Seat seat = {group, static_cast<int>(blockIdx.x) - group * params.m_tiles};
-    const int thread = thread_index();
-    consume_steps<Operands>(params, schedule, barriers, smem, base, seat, thread);
-    const RowTable table = row_table<L>(smem);
-    if (schedule.has_empty_items) {
+    if (schedule.has_empty_items) {  // while the first tile is on its way
+      const RowTable table = row_table<L>(smem);
 #pragma unroll 1
       for (int item = group; item < params.batch; item += params.groups) {
-        if (schedule.item_length(item) == 0) store_empty_item<T>(params, table, item, thread);
+        if (schedule.item_length(item) == 0) store_empty_item<T>(params, table, item, thread_index());
       }
     }
-    named_sync(kMergeBarrier, kMergeThreads);  // both teams are done with the ring
+    const int thread = thread_index();
+    consume_steps<Operands>(params, schedule, barriers, smem, base, blockIdx.x - group * params.m_tiles, thread);
+    uint32_t merges = 0;
 #pragma unroll 1
     for (int slot = 0; slot < 2; ++slot) {
       const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
-      if (split.parts > 0) {
-        merge<T, typename Operands::Order>(params, table, split, thread, reinterpret_cast<float*>(smem + L::kRing));
-      }
+      if (split.parts > 0) NarrowMerge<Operands>(params, smem, barriers.totals_sent(), thread).add(split, merges++);
     }
   }
 }

@@ -4,7 +4,6 @@
 #define MLA_HOPPER_NARROW_16BIT_CUH_
 
 #include "epilogue.cuh"
-#include "merge.cuh"
 #include "mma.cuh"
 #include "narrow_layout.cuh"
 
@@ -93,7 +92,11 @@ struct Narrow16bit {
     }
   }
 
-  using Order = ChunkOrder;
+  // Finished chunks of 8 latents, 2 pair and the next (part_pack.cuh), to the caller's output.
+  static __device__ __forceinline__ void store_chunks(const RowPair<T>& rows, int pair, int lane, const float4& first,
+                                                      const float4& second) {
+    rows.store(16 * pair, lane, first, second);
+  }
 
   // Finished latents 8 unit + 2 c and the next, rows g and g + 8, to the caller's output.
   static __device__ __forceinline__ void store_unit(const RowPair<T>& rows, int unit, int lane, const float4& value) {

@@ -145,22 +145,18 @@ struct NarrowFp8 {
     }
   }
 
-  // The order of a partial result's elements, for merge().
-  struct Order {
-    static __device__ __forceinline__ void store(const RowPair<T>& rows, int unit, int lane, const float4 (&sum)[4]) {
-      const int column = unit / 2 * 64 + 16 * (lane & 3) + 4 * (unit & 1);
+  // Finished latents 2 (pair % 4) and the next of a lane's 16 of a block of 64, and the eighths after them, to the caller's
+  // output.
+  static __device__ __forceinline__ void store_chunks(const RowPair<T>& rows, int pair, int lane, const float4& first,
+                                                      const float4& second) {
+    const int column = pair / 4 * 64 + 16 * (lane & 3) + 2 * (pair & 3);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (rows.row[i] == nullptr) continue;
-        const uint2 first = i ? make_uint2(pack(sum[0].z, sum[1].z, T()), pack(sum[2].z, sum[3].z, T()))
-                              : make_uint2(pack(sum[0].x, sum[1].x, T()), pack(sum[2].x, sum[3].x, T()));
-        const uint2 second = i ? make_uint2(pack(sum[0].w, sum[1].w, T()), pack(sum[2].w, sum[3].w, T()))
-                               : make_uint2(pack(sum[0].y, sum[1].y, T()), pack(sum[2].y, sum[3].y, T()));
-        *reinterpret_cast<uint2*>(rows.row[i] + column) = first;
-        *reinterpret_cast<uint2*>(rows.row[i] + column + 8) = second;
-      }
+    for (int i = 0; i < 2; ++i) {
+      if (rows.row[i] == nullptr) continue;
+      *reinterpret_cast<uint32_t*>(rows.row[i] + column) = i ? pack(first.z, second.z, T()) : pack(first.x, second.x, T());
+      *reinterpret_cast<uint32_t*>(rows.row[i] + column + 8) = i ? pack(first.w, second.w, T()) : pack(first.y, second.y, T());
     }
-  };
+  }
 
   // Two finished latents of rows g and g + 8: number unit % 8 of a lane's 16, and the eighth after it. Lanes i and i + 16
   // have neighbouring units, and trade, so that each stores a pair.

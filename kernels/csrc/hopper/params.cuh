@@ -48,7 +48,7 @@ struct Params {
   void* out;
   int64_t out_stride_batch, out_stride_seq, out_stride_head;
   float* lse;           // [batch, h_q, s_q]
-  uint32_t* arrived;    // [kMaxCtas], zero between launches
+  uint32_t* arrived;    // [kMaxCtas], zero between launches; in the kernel for few rows [2 kMaxCtas], those of `finished` too
   uint32_t* finished;   // [kMaxCtas], zero between launches
   uint32_t* counted;    // [kMaxCtas], zero between launches
   float2* stats;        // [ctas, 2, 64]: running maximum (log2 units) and denominator of a partial result

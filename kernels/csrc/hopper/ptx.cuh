@@ -140,6 +140,10 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
 __device__ __forceinline__ void add_release(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
 }
+// Adds 1, or makes 0 of `most`. Orders nothing.
+__device__ __forceinline__ void add_cyclic(uint32_t* address, uint32_t most) {
+  asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;\n" ::"l"(address), "r"(most) : "memory");
+}
 
 // Adds 1 and says what was there before; orders what the thread knows before it, and what others knew who added earlier
 // before what follows.
@@ -237,11 +241,6 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[2], uint32_t address) 
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
 }
 
-__device__ __forceinline__ float4 load_shared4(uint32_t address) {
-  uint32_t v[4];
-  load_shared(v, address);
-  return make_float4(__uint_as_float(v[0]), __uint_as_float(v[1]), __uint_as_float(v[2]), __uint_as_float(v[3]));
-}
 __device__ __forceinline__ float2 load_shared2(uint32_t address) {
   uint32_t v[2];
   load_shared(v, address);

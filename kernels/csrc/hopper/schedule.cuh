@@ -24,12 +24,8 @@ struct Work {
   int tiles;       // all tiles of the item
   int first, last;
   int head_group;  // first group that works on the item
+  int part;        // of this group
   int parts;       // groups that work on the item
-};
-
-// Where a CTA stands: its group, and which of the group's query rows it has.
-struct Seat {
-  int group, m_tile;
 };
 
 // Quotients of numbers that are not negative by one divisor, without an integer division's hundred instructions each. The
@@ -133,6 +129,7 @@ class Schedule {
     const Divisor per_group(per_group_);
     work.head_group = per_group.floor(item_start_);
     work.parts = per_group.floor(item_start_ + work.tiles - 1) - work.head_group + 1;
+    work.part = per_group.floor(position_) - work.head_group;
     position_ = aligned_ ? end_ : item_start_ + work.last;
     if (work.last == work.tiles) {
       item_start_ += work.tiles;

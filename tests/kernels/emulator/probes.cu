@@ -196,7 +196,8 @@ __device__ void send(Mistakes mistakes) {
     } else if (!mistakes.unread) {
       mbarrier_wait_cluster(barrier, 0);
     }
-    load_shared4(cta.address);
+    uint32_t vector[4];
+    load_shared(vector, cta.address);
   }
 }
 __global__ void sending(Probe) { send({}); }

@@ -71,6 +71,9 @@ inline uint32_t load_acquire(const uint32_t* address, Place place = Place::here(
 inline void add_release(uint32_t* address, uint32_t value, Place place = Place::here()) {
   emulator::atomic_add(address, value, false, true, place);
 }
+inline void add_cyclic(uint32_t* address, uint32_t most, Place place = Place::here()) {
+  emulator::atomic_increment(address, most, place);
+}
 inline uint32_t add_ordered(uint32_t* address, Place place = Place::here()) {
   return emulator::atomic_add(address, 1, true, true, place);
 }
@@ -101,11 +104,6 @@ T load_shared(uint32_t address, Place place = Place::here()) {
 template <int kCount>
 void load_shared(uint32_t (&v)[kCount], uint32_t address, Place place = Place::here()) {
   emulator::load_shared(v, address, 4 * kCount, place);
-}
-inline float4 load_shared4(uint32_t address, Place place = Place::here()) {
-  float4 value;
-  emulator::load_shared(&value, address, sizeof value, place);
-  return value;
 }
 inline float2 load_shared2(uint32_t address, Place place = Place::here()) {
   float2 value;

@@ -77,6 +77,7 @@ void load_shared(void* destination, uint32_t address, uint32_t bytes, Place plac
 void store_shared(uint32_t address, const void* source, uint32_t bytes, Place place);
 uint32_t load_acquire(const uint32_t* address, Place place);
 uint32_t atomic_add(uint32_t* address, uint32_t value, bool acquire, bool release, Place place);
+void atomic_increment(uint32_t* address, uint32_t most, Place place);
 
 // Runs body(context) as every thread of a grid (launch.cc). False, and error_text() says why, when it failed.
 struct Launch {

@@ -200,4 +200,10 @@ uint32_t atomic_add(uint32_t* address, uint32_t value, bool acquire, bool releas
   return before;
 }
 
+void atomic_increment(uint32_t* address, uint32_t most, Place place) {
+  enter("add_cyclic", place);
+  check_global(address, 4, 4, true);
+  *address = *address >= most ? 0 : *address + 1;
+}
+
 }  // namespace emulator
