@@ -144,25 +144,29 @@ inline int clusters_at_once(const Device& device, int size) {
   return count - 1;
 }
 
-// The largest clusters of which each item's rows get one, or several. Clusters merge sooner, but leave multiprocessors idle
-// and have fewer tiles on their way to each, so that they pay (NOTES_hopper.md) when one takes an item as a whole, or when
-// those of 8 are evenly shared and no CTA has many tiles.
+// The most tiles of a CTA in a cluster, of which an item's rows have `each`. Half of the multiprocessors keep up with memory
+// where a tile is read once; where several CTAs read it, or have to unpack it, fewer tiles or more CTAs are needed. The limit
+// bounds as well what a batch of different lengths can lose, as nobody helps with the longest.
+inline int most_cluster_tiles(const mla_decode_params& p, const RowTiles& tiles, int size, int each, int ctas) {
+  const bool fp8 = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
+  if (tiles.count == 1) return tuned("MLA_HOPPER_CLUSTER_MOST", fp8 ? 8 : 16);
+  const bool busy = tiles.count == 2 ? size == 8 : 4 * size * p.batch * tiles.count >= 3 * ctas;
+  return tuned("MLA_HOPPER_CLUSTER_MOST", each > 1 ? 5 : (busy ? 8 : 4));
+}
+
+// The largest clusters of which each item's rows get one, or several of 8. They merge sooner than CTAs that meet in the
+// workspace, but leave multiprocessors idle, so that they pay (NOTES_hopper.md) while no CTA has many tiles.
 inline Clusters choose_clusters(const mla_decode_params& p, const RowTiles& tiles, const Device& device) {
   const Clusters none = {1, 0};
   if (tiles.rows != kNarrowRows) return none;
+  const int most = std::max(1, p.max_blocks_per_seq - 1);  // pages of an item: callers' tables have a column to spare
   for (int size = tuned("MLA_HOPPER_CLUSTER", kMostCluster); size > 1; size /= 2) {
-    const int groups = clusters_at_once(device, size) / tiles.count;
-    const int each = groups / p.batch;
+    int each = clusters_at_once(device, size) / tiles.count / p.batch;
     if (each == 0) continue;
-    const int most = p.max_blocks_per_seq - 1;  // pages of an item: callers' tables have a column to spare
-    // Those of 16 where each CTA then has one tile instead of two.
+    // Those of 16 where each CTA then has one tile instead of two. Beside another, a cluster should have two for each.
     if (size == 16 && (most <= 8 || most > 16 * each)) continue;
-    const int enough = tuned("MLA_HOPPER_CLUSTER_TILES", size == 2 ? 8 : 16);  // for one, beside another
-    const bool whole = most <= enough && (size > 2 || each == 1 || tiles.count == 1);
-    const bool even = size == tuned("MLA_HOPPER_CLUSTER_EVEN", 8) && 10 * each * p.batch >= tuned("MLA_HOPPER_CLUSTER_USED", 9) * groups &&
-                      most <= tuned("MLA_HOPPER_CLUSTER_MOST", 5) * size * each;
-    if (size < 16 && !whole && !even) return none;
-    return {size, std::max(1, std::min(each, ceil_div(most, enough)))};
+    each = size < 8 ? 1 : std::min({each, kMostClusters, ceil_div(most, tuned("MLA_HOPPER_CLUSTER_TILES", 16))});
+    return most <= most_cluster_tiles(p, tiles, size, each, device.ctas) * size * each ? Clusters{size, each} : none;
   }
   return none;
 }

@@ -96,7 +96,7 @@ mla_decode_narrow_cluster_kernel(const __grid_constant__ Params params, const __
     query.load(smem + L::kQuery, thread / 32 & 3, lane);
     const ClusterMerge<Operands, kCtas> merge(params, barriers, smem, base, seat, length, thread);
     if (merge.has_part()) {
-      const TeamsSum sum = member.run(query, share_of<Operands>(params, seat, length, thread / 128));
+      const TeamsSum sum = member.run(query, share_of<Operands>(params, seat, length, thread / 128), Operands::kUnit);
       cluster_wait();  // all have their barriers
       merge.send(sum);
       merge.add();

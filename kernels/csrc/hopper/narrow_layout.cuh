@@ -8,6 +8,7 @@ namespace mla_hopper {
 
 constexpr int kMostShared = 232448;  // bytes that a CTA can have
 constexpr int kTeams = 2;
+constexpr int kMostClusters = 16;  // that share an item
 constexpr int kBothTeams = 1;    // named barriers beside those of barriers.cuh
 constexpr int kTeamBarrier = 2;  // and 3
 
@@ -36,16 +37,17 @@ struct NarrowLayout {
   static constexpr int kOutRows = kSplits + 32;  // RowTable
   static constexpr int kLseRows = kOutRows + kTableRows * 8;
   // From each CTA of the cluster: its sums of this one's columns in 16 bits, uint4 [kUnits / 2, 32], of which each sending
-  // warp has up to 8 units, its rows' totals, float2 [16], and the sending warps' factors, float [kSenders].
+  // warp has up to 8 units, its rows' totals, float2 [16], and the factors of each sender's rows, float2 [kSenders, 8].
   static constexpr int kUnits = 64 / kCtas;  // of 8 columns
   static constexpr int kSenders = kUnits < 8 ? 1 : kUnits / 8;
   static_assert(kUnits % 2 == 0, "two units are sent at once");
-  static constexpr int kSentTotalBytes = kCtas > 1 ? kCtas * kRows * 8 : 0;
-  static constexpr int kSentSumBytes = kCtas > 1 ? kCtas * (kUnits * 256 + kSenders * 4) : 0;
+  static constexpr int kSentSumBytes = kCtas > 1 ? kCtas * kUnits * 256 : 0;
+  static constexpr int kSentTotalBytes = kCtas > 1 ? kCtas * (kRows * 8 + kSenders * kRows * 4) : 0;
   static constexpr int kSentSums = kLseRows + kTableRows * 4;
-  static constexpr int kSentFactors = kSentSums + (kCtas > 1 ? kCtas * kUnits * 256 : 0);
-  static constexpr int kSentTotals = (kSentSums + kSentSumBytes + 7) / 8 * 8;
-  static constexpr int kBarriers = kSentTotals + kSentTotalBytes;
+  static constexpr int kSentTotals = kSentSums + kSentSumBytes;
+  static constexpr int kSentFactors = kSentTotals + (kCtas > 1 ? kCtas * kRows * 8 : 0);
+  static constexpr int kWeights = (kSentTotals + kSentTotalBytes + 7) / 8 * 8;  // float2 [CTAs or clusters, 8]
+  static constexpr int kBarriers = kWeights + (kCtas > 1 ? kMostClusters * kRows * 4 : 0);
   static constexpr int kMostBarriers = 2 + 8 + 4 + kTeams + 2;
   static constexpr int kRing = (kBarriers + kMostBarriers * 8 + 1023) / 1024 * 1024;
   static constexpr int kRawSlots = kRing + 4 * kStepBytes <= kMostShared ? 4 : 3;

@@ -32,8 +32,8 @@ class Team {
     }
   }
 
-  // Goes through `steps`, and adds up with the other team.
-  __device__ __forceinline__ TeamsSum run(const typename Operands::Query& query, Steps steps) {
+  // Goes through `steps`, and adds up with the other team; values times `unit`.
+  __device__ __forceinline__ TeamsSum run(const typename Operands::Query& query, Steps steps, float unit = 1.f) {
     float o[2][8][4];
     RowPairSoftmax softmax;
 #pragma unroll
@@ -44,7 +44,7 @@ class Team {
     MLA_TRACE_IN(params_, 6);
     softmax.add_lanes();
     await_exchange();
-    const TeamsSum sum = add_teams<L>(smem_, thread_, o, softmax);
+    const TeamsSum sum = add_teams<L>(smem_, thread_, o, softmax, unit);
     warp_arrive(barriers_.exchange_empty(1 - team()), lane());
     MLA_TRACE_IN(params_, 7);
     return sum;

@@ -9,14 +9,15 @@ namespace mla_hopper {
 
 // Both teams' sums of a part, o with the statistics in `softmax`, become one: each team finishes half of every warp's
 // latents, 64 of them from 128 block + 64 team on, and gives the other team its share of the other half, through its
-// exchange buffer.
+// exchange buffer. Values are multiplied by `unit`.
 struct TeamsSum {
   float value[8][4];
   float maximum[2], total[2];  // of rows g and g + 8
 };
 
 template <typename L>
-__device__ __forceinline__ TeamsSum add_teams(char* smem, int thread, const float (&o)[2][8][4], const RowPairSoftmax& softmax) {
+__device__ __forceinline__ TeamsSum add_teams(char* smem, int thread, const float (&o)[2][8][4], const RowPairSoftmax& softmax,
+                                              float unit) {
   const int lane = thread & 31;
   const int block = thread / 32 & 3;
   const int team = thread / 128;
@@ -46,8 +47,8 @@ __device__ __forceinline__ TeamsSum add_teams(char* smem, int thread, const floa
     const float second = exp2_approximate(b.x - reference);
     sum.maximum[i] = largest;
     sum.total[i] = a.y * first + b.y * second;
-    factor[i][0] = team ? second : first;
-    factor[i][1] = team ? first : second;
+    factor[i][0] = (team ? second : first) * unit;
+    factor[i][1] = (team ? first : second) * unit;
   }
   const float4* taken = exchange + (1 - team) * (L::kExchangeBytes / 16);
 #pragma unroll

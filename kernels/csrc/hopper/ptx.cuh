@@ -181,11 +181,6 @@ __device__ __forceinline__ void store_cluster(uint32_t address, const float2& v,
                "f"(v.x), "f"(v.y), "r"(barrier)
                : "memory");
 }
-__device__ __forceinline__ void store_cluster(uint32_t address, float v, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];\n" ::"r"(address), "f"(v),
-               "r"(barrier)
-               : "memory");
-}
 // Waits for a barrier at which others of the cluster arrive.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
