@@ -161,7 +161,7 @@ mla_decode_narrow_kernel(const __grid_constant__ Params params, const __grid_con
 #pragma unroll 1
     for (int slot = 0; slot < 2; ++slot) {
       const Split split = reinterpret_cast<const Split*>(smem + L::kSplits)[slot];
-      if (split.parts > 0) NarrowMerge<Operands>(params, smem, barriers.totals_sent(), thread).add(split, merges++);
+      if (split.parts > 0) merges += NarrowMerge<Operands>(params, smem, barriers.totals_sent(), thread).add(split, merges & 1);
     }
   }
 }

@@ -93,14 +93,16 @@ class NarrowMerge {
     MLA_TRACE_IN(params_, 10);
   }
 
-  // Adds up this CTA's share of an item, into the ring's room. `phase`: parity of the merges before.
-  __device__ __forceinline__ void add(const Split& split, uint32_t phase) const {
+  // Adds up this CTA's share of an item, copied into the ring's room, and returns 1; 0 if it has none, as there are more
+  // parts than pieces. `phase`: how often there was one before.
+  __device__ __forceinline__ uint32_t add(const Split& split, uint32_t phase) const {
     const int share = (kPieces + split.parts - 1) / split.parts;
-    const int begin = min(split.mine * share, kPieces);
+    const int begin = split.mine * share;
+    if (begin >= kPieces) return 0;
     const Copies copies(split.parts, begin, min(share, kPieces - begin));
     if (thread_ == 0) mbarrier_expect(barrier_, copies.bytes());
     named_sync(kMergeBarrier, kMergeThreads);  // before any copy, and all are done with the ring
-    copy_parts(split, copies);
+    copy_parts(split, copies, (kPieces + share - 1) / share);
     MLA_TRACE_IN(params_, 11);
     const RowPair<T> rows(params_, row_table<L>(smem_), split.item, thread_ / 4 & 7);
     mbarrier_wait(barrier_, phase);
@@ -111,6 +113,7 @@ class NarrowMerge {
       add_piece(split, copies, rows, share > 2 ? 2 : (share > 1 ? 4 : 8));
     }
     MLA_TRACE_IN(params_, 14);
+    return 1;
   }
 
  private:
@@ -120,7 +123,7 @@ class NarrowMerge {
     int parts, begin, count;
     __device__ __forceinline__ Copies(int parts, int begin, int count) : parts(parts), begin(begin), count(count) {}
     __device__ __forceinline__ int set() const { return begin / kSetPieces; }
-    __device__ __forceinline__ int sets() const { return count > 0 ? (begin + count - 1) / kSetPieces - set() + 1 : 0; }
+    __device__ __forceinline__ int sets() const { return (begin + count - 1) / kSetPieces - set() + 1; }
     __device__ __forceinline__ int bytes() const {
       return parts * (count * kPieceBytes + sets() * kFactorBytes + kStatisticsBytes);
     }
@@ -132,8 +135,8 @@ class NarrowMerge {
   __device__ __forceinline__ float4* statistics(int index) const { return reinterpret_cast<float4*>(params_.stats + index * 64); }
 
   // A thread waits for each part and asks for it: every eighth of one warp. A part's counter is 1 when it is there, counts
-  // the CTAs that have seen it, and is back at 0 with the last of them.
-  __device__ __forceinline__ void copy_parts(const Split& split, const Copies& copies) const {
+  // the CTAs that have seen it, and is back at 0 with the last of these `readers`.
+  __device__ __forceinline__ void copy_parts(const Split& split, const Copies& copies, int readers) const {
     const int part = (thread_ & 31) * kWarps + thread_ / 32;
     const int index = part_index(params_, split, part);
     const uint32_t base = shared_address(smem_);
@@ -143,13 +146,11 @@ class NarrowMerge {
         fence_async_proxy_global();  // it had been written by ordinary stores
         const uint4* from = part_at(params_, index);
         bulk_copy(base + copies.statistics(part), statistics(index), kStatisticsBytes, barrier_, kNormal);
-        if (copies.count > 0) {
-          bulk_copy(base + copies.values(part), from + kFactorElements + copies.begin * 32, copies.count * kPieceBytes, barrier_,
-                    kNormal);
-          bulk_copy(base + copies.factors(part), from + copies.set() * (kFactorBytes / 16), copies.sets() * kFactorBytes,
-                    barrier_, kNormal);
-        }
-        add_cyclic(params_.arrived + index, split.parts);
+        bulk_copy(base + copies.values(part), from + kFactorElements + copies.begin * 32, copies.count * kPieceBytes, barrier_,
+                  kNormal);
+        bulk_copy(base + copies.factors(part), from + copies.set() * (kFactorBytes / 16), copies.sets() * kFactorBytes, barrier_,
+                  kNormal);
+        add_cyclic(params_.arrived + index, readers);
         waiting = false;
       }
     }
