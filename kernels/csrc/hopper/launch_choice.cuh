@@ -180,7 +180,6 @@ inline void choose_pieces(Params& k, const mla_decode_params& p, const RowTiles&
   // Half of the multiprocessors keep up with memory where a tile is read once, if it need not be unpacked.
   const bool unpacks = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
   const bool ring = tiles.rows == kTileRows;
-  k.half_below = tuned("MLA_HOPPER_HALF_BELOW", !unpacks && ring && alone ? 1536 : 0);
   k.whole_below = tuned("MLA_HOPPER_WHOLE_BELOW", unpacks ? 0 : ring ? (alone ? 32 : 8) : (alone ? 16 : 0));
 }
 

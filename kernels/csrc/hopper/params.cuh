@@ -33,8 +33,7 @@ struct Params {
   int min_tiles;   // smallest piece of the tile line a group takes
   int most_parts;  // items of more tiles are not cut into single ones
   int split_cost;  // what splitting an item costs, in tiles
-  int half_below;  // half of the groups share so many tiles in all, or fewer,
-  int whole_below;  // and items of so many that all groups would take in two parts
+  int whole_below;  // items of so many tiles or fewer, that all groups would take in two parts, half of the groups take whole
   int row_groups;  // 16-row groups kept in a partial result: ceil(min(rows, 64) / 16)
   int causal;
   int max_length;  // tokens the block table can address

@@ -88,11 +88,10 @@ class Schedule {
     // Merging costs time for every part, so a long item is not cut into single tiles.
     const int least = max(longest > params.most_parts ? max(2, params.min_tiles) : params.min_tiles,
                           (longest + kMostParts - 1) / kMostParts);
-    // Half of the groups where they are as fast: parts are then half as many.
+    // Half of the groups where they are as fast: nothing is left to merge.
     int groups = params.groups;
-    if (2 * params.batch <= groups) {
-      const bool in_two = 3 * params.batch > groups && longest * params.batch <= total + total / 4;
-      if (total <= params.half_below || (in_two && longest <= params.whole_below)) groups /= 2;
+    if (2 * params.batch <= groups && 3 * params.batch > groups) {
+      if (longest <= params.whole_below && longest * params.batch <= total + total / 4) groups /= 2;
     }
     shared_by_all = params.m_tiles == 1 && groups == params.groups;
     const Divisor all_groups(groups);
