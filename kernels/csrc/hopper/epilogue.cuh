@@ -53,6 +53,9 @@ __device__ __forceinline__ void store_lse(const Params& params, const RowTable& 
       sum == 0.f ? INFINITY : (maximum + __log2f(sum)) * kLn2;
 }
 
+// Of the sum of a row's softmax weights; 0 where nothing was seen.
+__device__ __forceinline__ float inverse_of(float sum) { return sum == 0.f ? 0.f : __frcp_rn(sum); }
+
 // First elements of output rows `row` and `row + 8` of an item, nullptr past the last row.
 template <typename T>
 struct RowPair {

@@ -99,6 +99,26 @@ inline cudaError_t allow(const Variant& variant) {
   return error;
 }
 
+// The configuration of a launch; `attribute` must live as long. CTAs outside of clusters wait for each other.
+inline cudaLaunchConfig_t launch_config(const Variant& variant, dim3 grid, cudaLaunchAttribute& attribute) {
+  attribute = {};
+  if (variant.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = variant.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(variant.threads);
+  config.dynamicSmemBytes = variant.shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return config;
+}
+
 // CTAs that share an item's tiles and merge through each other's shared memory: clusters of `size`, `each` of them for 16
 // query rows of an item. With a size of 1 there are none.
 struct Clusters {
@@ -110,15 +130,8 @@ struct Clusters {
 template <int kCtas>
 int count_clusters() {
   const Variant variant = narrow_cluster<Narrow16bit<__half>, kCtas>();
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kCtas, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kCtas);
-  config.blockDim = dim3(variant.threads);
-  config.dynamicSmemBytes = variant.shared_bytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = launch_config(variant, dim3(kCtas), attribute);
   int count = 0;
   if (allow(variant) != cudaSuccess || cudaOccupancyMaxActiveClusters(&count, variant.function, &config) != cudaSuccess) {
     cudaGetLastError();

@@ -65,15 +65,6 @@ __device__ __forceinline__ void add_members(float4 (&sum)[kChunks], float4* exch
   }
 }
 
-// The order of a part's elements as store_partial() leaves them: units of four accumulator chunks.
-struct ChunkOrder {
-  template <typename T>
-  static __device__ __forceinline__ void store(const RowPair<T>& rows, int unit, int lane, const float4 (&sum)[4]) {
-    rows.store(unit * 32, lane, sum[0], sum[1]);
-    rows.store(unit * 32 + 16, lane, sum[2], sum[3]);
-  }
-};
-
 }  // namespace mla_hopper
 
 #endif  // MLA_HOPPER_MERGE_CUH_

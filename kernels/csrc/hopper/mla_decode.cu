@@ -107,23 +107,10 @@ int32_t mla_decode_run(const mla_decode_params* params, char* error, size_t erro
   }
 
   cudaError_t result = allow(variant);
-  cudaLaunchAttribute attribute = {};
-  if (variant.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = variant.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
   const dim3 grid = variant.cluster > 1 ? dim3(kernel.shares, kernel.m_tiles, kernel.batch) : dim3(device.ctas);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(variant.threads);
-  config.dynamicSmemBytes = variant.shared_bytes;
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config = launch_config(variant, grid, attribute);
   config.stream = static_cast<cudaStream_t>(p.stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   if (result == cudaSuccess) result = cudaLaunchKernelEx(&config, variant.function, kernel, query_map, cache_map);
   if (result != cudaSuccess) {
     cudaGetLastError();

@@ -9,13 +9,14 @@
 #include "narrow_layout.cuh"
 #include "narrow_teams.cuh"
 #include "part_pack.cuh"
+#include "schedule.cuh"
 
 namespace mla_hopper {
 
 // What kCount neighbouring lanes have of a row, a part each: maximum of the scores in log2 units and sum of the weights
 // relative to it. Returns the factor of the lane's part; `stat` becomes that of all parts.
 template <int kCount>
-__device__ __forceinline__ float weigh_parts(float2& stat) {
+__device__ __forceinline__ float weigh_neighbours(float2& stat) {
   const float own = stat.x;
 #pragma unroll
   for (int offset = kCount / 2; offset > 0; offset /= 2) {
@@ -26,14 +27,6 @@ __device__ __forceinline__ float weigh_parts(float2& stat) {
 #pragma unroll
   for (int offset = kCount / 2; offset > 0; offset /= 2) stat.y += __shfl_xor_sync(0xFFFFFFFFu, stat.y, offset);
   return weight;
-}
-
-// Adds values x, y of row g and z, w of row g + 8, times the rows' factors.
-__device__ __forceinline__ void add_weighted(float4& sum, const float2& weight, const float4& value) {
-  sum.x += weight.x * value.x;
-  sum.y += weight.x * value.y;
-  sum.z += weight.y * value.z;
-  sum.w += weight.y * value.w;
 }
 
 // Where a CTA stands: which of the item's tiles are its own (`share` and every `shares`-th after it), which query rows.
@@ -52,8 +45,7 @@ class ClusterMerge {
   __device__ __forceinline__ ClusterMerge(const Params& params, const NarrowBarriers<L>& barriers, char* smem, uint32_t base,
                                           const ClusterSeat& seat, int length, int thread)
       : params_(params), barriers_(barriers), smem_(smem), base_(base), seat_(seat), thread_(thread) {
-    const int tiles = (length + kTileTokens - 1) / kTileTokens;
-    parts_ = max(1, min(params.shares, tiles + kCtas - 1) / kCtas);
+    parts_ = max(1, min(params.shares, tile_count(length) + kCtas - 1) / kCtas);
   }
 
   // Whether this cluster has any of the item's tiles, or stores the result of an item without tokens.
@@ -156,9 +148,9 @@ class ClusterMerge {
   __device__ __forceinline__ float2 weigh_ctas(const RowTable& table) const {
     const int row = thread_ / kCtas, from = thread_ % kCtas;
     float2 stat = load_shared2(base_ + L::kSentTotals + (from * L::kRows + row) * 8);
-    float weight = weigh_parts<kCtas>(stat);
+    float weight = weigh_neighbours<kCtas>(stat);
     if (parts_ == 1) {
-      weight *= inverse(stat.y);
+      weight *= inverse_of(stat.y);
       if (from == 0 && cluster_rank() == 0) store_lse(params_, table, seat_.item, row, stat.x, stat.y);
     }
 #pragma unroll
@@ -169,8 +161,6 @@ class ClusterMerge {
     }
     return stat;
   }
-
-  static __device__ __forceinline__ float inverse(float total) { return total == 0.f ? 0.f : __frcp_rn(total); }
 
   // The sums of all clusters that have left theirs.
   __device__ __forceinline__ void add_clusters(const RowTable& table, int lane, float4 (&sum)[kRounds]) const {
@@ -183,8 +173,8 @@ class ClusterMerge {
       if (part < parts_) {
         stat = __ldcg(params_.stats + ((first_cluster() + part) * kCtas + int(cluster_rank())) * L::kRows + row);
       }
-      float weight = weigh_parts<kMostClusters>(stat);
-      store_shared(weights(part, row), __float_as_uint(weight * inverse(stat.y)));
+      float weight = weigh_neighbours<kMostClusters>(stat);
+      store_shared(weights(part, row), __float_as_uint(weight * inverse_of(stat.y)));
       if (part == 0 && cluster_rank() == 0) store_lse(params_, table, seat_.item, row, stat.x, stat.y);
     }
     named_sync(kBothTeams, 256);

@@ -53,7 +53,7 @@ __device__ __forceinline__ Steps share_of(const Params& params, const ClusterSea
 template <typename Operands, int kCtas>
 __global__ void __launch_bounds__(Operands::L::kThreads, 1)
 mla_decode_narrow_cluster_kernel(const __grid_constant__ Params params, const __grid_constant__ CUtensorMap query_map,
-                          const __grid_constant__ CUtensorMap cache_map) {
+                                 const __grid_constant__ CUtensorMap cache_map) {
   using L = NarrowLayout<Operands::kStepBytes, kCtas>;
   extern __shared__ __align__(1024) char aligned_smem[];
   char* smem = aligned_smem;
@@ -78,7 +78,7 @@ mla_decode_narrow_cluster_kernel(const __grid_constant__ Params params, const __
   __syncthreads();
   cluster_arrive();
   MLA_TRACE(1);
-  const int length = max(0, min(stored_length, params.max_length));
+  const int length = clamped_length(params, stored_length);
   if (warp >= 8) {
     shrink_registers<kProducerRegisters>();
     if (warp == 8) {

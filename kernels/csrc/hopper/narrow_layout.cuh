@@ -6,7 +6,6 @@
 
 namespace mla_hopper {
 
-constexpr int kMostShared = 232448;  // bytes that a CTA can have
 constexpr int kTeams = 2;
 constexpr int kMostClusters = 16;  // that share an item
 constexpr int kBothTeams = 1;    // named barriers beside those of barriers.cuh

@@ -26,7 +26,7 @@ struct PieceSum {
   __device__ __forceinline__ float4 statistics() const { return make_float4(maximum[0], total[0], maximum[1], total[1]); }
 
   __device__ __forceinline__ float2 inverse() const {
-    return make_float2(total[0] == 0.f ? 0.f : __frcp_rn(total[0]), total[1] == 0.f ? 0.f : __frcp_rn(total[1]));
+    return make_float2(inverse_of(total[0]), inverse_of(total[1]));
   }
 
   // Takes others' statistics in; their weights from then on.
@@ -254,14 +254,7 @@ class NarrowMerge {
     for (int i = 0; i < kWarps; ++i) {
       if (i >= members) break;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float4 other = given[i * 96 + 32 + 32 * half];
-        float4& value = sum.value[half];
-        value.x += weight[i].x * other.x;
-        value.y += weight[i].x * other.y;
-        value.z += weight[i].y * other.z;
-        value.w += weight[i].y * other.w;
-      }
+      for (int half = 0; half < 2; ++half) add_weighted(sum.value[half], weight[i], given[i * 96 + 32 + 32 * half]);
     }
     return sum;
   }

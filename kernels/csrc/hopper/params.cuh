@@ -18,6 +18,7 @@ constexpr uint64_t kNormal = 0x1000000000000000ull;    // and neither (values of
 constexpr int kColumns = 64;             // elements of a 128-byte swizzled row
 constexpr int kSlabs = kDim / kColumns;  // [64 rows, 64 elements] slabs of a tile
 constexpr int kSlabBytes = 64 * kColumns * 2;
+constexpr int kMostShared = 232448;      // bytes of shared memory that a CTA can have
 constexpr int kMaxCtas = 256;            // counters kept in the workspace
 
 constexpr int kTokenBytesFp8 = 656;   // 512 e4m3, 4 float32 scales, 64 bfloat16

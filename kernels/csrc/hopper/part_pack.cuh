@@ -75,6 +75,14 @@ __device__ __forceinline__ float2 pack_rows(const float (&o)[4 * kChunks], const
   return make_float2(inverse[0], inverse[1]);
 }
 
+// Adds values x, y of row g and z, w of row g + 8, times the rows' factors.
+__device__ __forceinline__ void add_weighted(float4& sum, const float2& weight, const float4& value) {
+  sum.x += weight.x * value.x;
+  sum.y += weight.x * value.y;
+  sum.z += weight.y * value.z;
+  sum.w += weight.y * value.w;
+}
+
 // Adds packed chunks to their sum, times the weights of rows g and g + 8.
 __device__ __forceinline__ void add_packed(float4& first, float4& second, const uint4& packed, float low, float high) {
   const uint32_t word[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -83,10 +91,7 @@ __device__ __forceinline__ void add_packed(float4& first, float4& second, const 
     float4& sum = i ? second : first;
     const float2 a = __half22float2(unpacked(word[2 * i]));
     const float2 b = __half22float2(unpacked(word[2 * i + 1]));
-    sum.x += low * a.x;
-    sum.y += low * a.y;
-    sum.z += high * b.x;
-    sum.w += high * b.y;
+    add_weighted(sum, make_float2(low, high), make_float4(a.x, a.y, b.x, b.y));
   }
 }
 

@@ -73,7 +73,7 @@ __device__ __forceinline__ void part_weights(const Params& params, const RowTabl
     }
 #pragma unroll
     for (int bit = 1; bit < kLanes; bit *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
-    const float inverse = sum == 0.f ? 0.f : __frcp_rn(sum);
+    const float inverse = inverse_of(sum);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int part = lane + kLanes * i;

@@ -50,7 +50,7 @@ struct RingShape {
   static constexpr int kTasks = kSplits + 32;                    // Task[2], by item
   static constexpr int kBarriers = kTasks + 64;
   static constexpr int kBytes = kBarriers + (2 * kSlots + 12 + kRawSlots + kMergeSteps) * 8;
-  static_assert(kBytes <= 232448, "more shared memory than a CTA can have");
+  static_assert(kBytes <= kMostShared, "more shared memory than a CTA can have");
 };
 
 // What the query leaves in shared memory makes the ring longer than the two tiles that are in use at any time.

@@ -206,7 +206,8 @@ class RingMerge {
     }
     if (active && member == 0) {
       const RowPair<T> rows(params_, row_table<L>(smem_), split.item, unit / kUnits * 16 + lane / 4);
-      ChunkOrder::store(rows, unit % kUnits, lane, sum);
+      rows.store(unit % kUnits * 32, lane, sum[0], sum[1]);
+      rows.store(unit % kUnits * 32 + 16, lane, sum[2], sum[3]);
     }
   }
 

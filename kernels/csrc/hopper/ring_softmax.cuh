@@ -96,7 +96,7 @@ struct LazySoftmax {
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 1);
       sum[i] += __shfl_xor_sync(kAllLanes, sum[i], 2);
-      inverse[i] = sum[i] == 0.f ? 0.f : __frcp_rn(sum[i]);
+      inverse[i] = inverse_of(sum[i]);
     }
   }
 };

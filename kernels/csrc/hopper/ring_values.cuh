@@ -42,9 +42,9 @@ __device__ __forceinline__ void rescale(float (&o)[128], float low, float high) 
   }
 }
 
-// 128 registers hold the output, so what is cheap to find again is not kept; addresses of operands are in uniform ones.
 constexpr int kNoneSplit = -2;
 
+// 128 registers hold the output, so what is cheap to find again is not kept; addresses of operands are in uniform ones.
 // Returns the slot of the part whose share the merge finds in the ring, -1 if that is none, kNoneSplit if there is nothing to
 // merge.
 template <typename T, typename L>

@@ -17,6 +17,13 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 // Parts of an item, or one more where cuts and items' ends do not coincide.
 constexpr int kMostParts = 64;
 
+// Tokens of an item that the block table can address, whatever the caller says.
+__device__ __forceinline__ int clamped_length(const Params& params, int length) {
+  return max(0, min(length, params.max_length));
+}
+
+__device__ __forceinline__ int tile_count(int length) { return (length + kTileTokens - 1) / kTileTokens; }
+
 // One part of one item: tiles [first, last) of its `tiles`.
 struct Work {
   int item;
@@ -154,8 +161,7 @@ class Schedule {
   bool shared_by_all;  // every group has a share of the tiles, and reads it alone: memory is the limit by far
 
  private:
-  __device__ __forceinline__ int clamped(int length) const { return max(0, min(length, params_.max_length)); }
-  static __device__ __forceinline__ int tile_count(int length) { return (length + kTileTokens - 1) / kTileTokens; }
+  __device__ __forceinline__ int clamped(int length) const { return clamped_length(params_, length); }
 
   __device__ __forceinline__ void load_chunk(int chunk) {
     chunk_ = chunk;
