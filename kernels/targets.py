@@ -163,7 +163,7 @@ def cpu_recipe() -> Recipe:
         compiler_version=_version((compiler, *command[1:]))[0],
         flags=(*command[1:], *CPU_FLAGS, *CPU_LINK_FLAGS, *unit_flags),
         sources=tuple(sources),
-        headers=(SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h"))),
+        headers=(*sorted(SOURCE_ROOT.glob("*.h")), *sorted(folder.glob("*.h"))),
         needs=CPU_NEEDS,
         runner=_compile_cpu,
     )
@@ -204,7 +204,7 @@ def hopper_recipe() -> Recipe:
         raise BuildError(
             f"nvcc is of CUDA {release[1]}.{release[2]}; install {HOPPER_NEEDS}", unavailable=True
         )
-    headers = [SOURCE_ROOT / "mla_decode.h", *sorted(folder.glob("*.h")), *sorted(folder.glob("*.cuh"))]
+    headers = [*sorted(SOURCE_ROOT.glob("*.h")), *sorted(folder.glob("*.h")), *sorted(folder.glob("*.cuh"))]
     return Recipe(
         target="hopper",
         compiler=("nvcc", f"-I{SOURCE_ROOT}"),

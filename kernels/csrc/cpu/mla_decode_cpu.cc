@@ -7,14 +7,13 @@
 
 #include <math.h>
 #include <omp.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
 
 #include <atomic>
 
 #include "cpu/dispatch.h"
 #include "cpu/segment.h"
+#include "failure.h"
 
 namespace mla {
 namespace {
@@ -24,16 +23,6 @@ constexpr int kSegmentsPerThread = 2;  // slack for the dynamic schedule when a 
 constexpr int kMinChunk = 64;          // tokens; below, merging costs more than it gains
 constexpr int64_t kThreadNs = 30000;   // least work of a thread; waking it and waiting for it costs microseconds
 constexpr size_t kAlign = 256;
-
-int fail(char* error, size_t bytes, int code, const char* format, ...) {
-  if (error != nullptr && bytes > 0) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(error, bytes, format, arguments);
-    va_end(arguments);
-  }
-  return code;
-}
 
 // Bytes of the unit that strides count.
 size_t dtype_bytes(int dtype) {
@@ -128,13 +117,14 @@ int partition(const mla_decode_params& p, const Layout& l, int threads, Item* it
 }
 
 int check(const mla_decode_params* params, char* error, size_t bytes) {
-  if (params == nullptr) return fail(error, bytes, MLA_ERROR_INVALID_ARGUMENT, "params is NULL");
+  const Failure fail(error, bytes);
+  if (params == nullptr) return fail(MLA_ERROR_INVALID_ARGUMENT, "params is NULL");
   const mla_decode_params& p = *params;
   if (p.struct_bytes != sizeof(mla_decode_params))
-    return fail(error, bytes, MLA_ERROR_INVALID_ARGUMENT, "struct_bytes is %u, this library expects %zu",
-                p.struct_bytes, sizeof(mla_decode_params));
+    return fail(MLA_ERROR_INVALID_ARGUMENT, "struct_bytes is %u, this library expects %zu", p.struct_bytes,
+                sizeof(mla_decode_params));
 #define MLA_REQUIRE(condition, ...) \
-  if (!(condition)) return fail(error, bytes, MLA_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
+  if (!(condition)) return fail(MLA_ERROR_INVALID_ARGUMENT, __VA_ARGS__)
   MLA_REQUIRE(p.q_dtype >= MLA_DTYPE_FLOAT32 && p.q_dtype <= MLA_DTYPE_FLOAT16,
               "q_dtype is %d, expected 0 (float32), 1 (bfloat16) or 2 (float16)", p.q_dtype);
   MLA_REQUIRE(p.kv_dtype >= MLA_DTYPE_FLOAT32 && p.kv_dtype <= MLA_DTYPE_FP8_DS_MLA,
@@ -160,6 +150,7 @@ int check(const mla_decode_params* params, char* error, size_t bytes) {
 }
 
 int check_memory(const mla_decode_params& p, const Layout& l, char* error, size_t bytes) {
+  const Failure fail(error, bytes);
   const bool packed = p.kv_dtype == MLA_DTYPE_FP8_DS_MLA;
   const int width = p.kv_lora_rank + p.rope_dim, token = packed ? kFp8TokenBytes : width;
   MLA_REQUIRE(isfinite(p.softmax_scale), "softmax_scale is %g, expected a finite number", (double)p.softmax_scale);

@@ -2,33 +2,15 @@
 #ifndef MLA_HOPPER_ARGUMENTS_H_
 #define MLA_HOPPER_ARGUMENTS_H_
 
-#include <stdarg.h>
-#include <stdio.h>
-
 #include "device.h"
+#include "failure.h"
 #include "launch_choice.cuh"
 #include "mla_decode.h"
 #include "params.cuh"
 
 namespace mla_hopper {
 
-class Failure {
- public:
-  Failure(char* text, size_t bytes) : text_(text), bytes_(bytes) {}
-  int32_t operator()(int32_t status, const char* format, ...) const __attribute__((format(printf, 3, 4))) {
-    if (text_ != nullptr && bytes_ > 0) {
-      va_list arguments;
-      va_start(arguments, format);
-      vsnprintf(text_, bytes_, format, arguments);
-      va_end(arguments);
-    }
-    return status;
-  }
-
- private:
-  char* text_;
-  size_t bytes_;
-};
+using mla::Failure;
 
 inline const char* dtype_name(int32_t dtype) {
   switch (dtype) {

@@ -46,7 +46,7 @@ def build(
     )
     sources = [
         *sorted((SOURCE_ROOT / "hopper").iterdir()),
-        SOURCE_ROOT / "mla_decode.h",
+        *sorted(SOURCE_ROOT.glob("*.h")),
         *sorted((EMULATOR / "cuda").iterdir()),
         *sorted((EMULATOR / "device").iterdir()),
     ]
